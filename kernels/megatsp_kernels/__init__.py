@@ -1,0 +1,1 @@
+"""Triton kernels, and their plain references, for megatsp; they need torch and Triton alone."""

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Everything a change must pass. Arguments go to pytest: bash scripts/test.sh tests/test_dense.py -k llama
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/pytest "$@"

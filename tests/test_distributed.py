@@ -1,0 +1,125 @@
+"""The helper that starts ranks for every other test: results, failures, timeouts, nothing left behind."""
+
+import os
+import pickle
+import subprocess
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_distributed
+
+
+def sum_of_ranks(scale: float, tensor: torch.Tensor) -> tuple[int, int, torch.Tensor]:
+    tensor += dist.get_rank()  # the rank's own copy
+    dist.all_reduce(tensor)
+    return os.getpid(), dist.get_rank(), scale * tensor
+
+
+def fail_on_one(bad_rank: int, pids: str) -> None:
+    note_pid(pids)
+    dist.barrier()
+    if dist.get_rank() == bad_rank:
+        raise ValueError("the planted error")
+    dist.barrier()  # the failing rank never comes
+
+
+def die_on_one(bad_rank: int) -> None:
+    if dist.get_rank() == bad_rank:
+        os._exit(7)
+    dist.barrier()
+
+
+def hang_with_a_child(pids: str) -> None:
+    note_pid(pids)
+    child = subprocess.Popen(["sleep", "600"])
+    note_pid(pids, child.pid)
+    if dist.get_rank() == 0:
+        time.sleep(600)
+
+
+def surroundings() -> tuple[str | None, str, int]:
+    return os.environ.get("MEGATSP_TEST_MARK"), os.getcwd(), torch.get_num_threads()
+
+
+def warn() -> None:
+    warnings.warn("the planted warning", stacklevel=1)
+
+
+def note_pid(folder: str, pid: int | None = None) -> None:
+    Path(folder, str(pid or os.getpid())).touch()
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those still running a second after they were killed; a zombie, which init has yet to reap, is not."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    deadline = time.monotonic() + 1
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return [pid for pid in pids if runs(pid)]
+
+
+def noted(folder: Path) -> list[int]:
+    return [int(note.name) for note in folder.iterdir()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_results_come_in_rank_order(world_size: int) -> None:
+    ones = torch.ones(3)
+    results = run_distributed(sum_of_ranks, world_size, 0.5, ones)
+    total = world_size + world_size * (world_size - 1) / 2
+    assert [rank for _, rank, _ in results] == list(range(world_size))
+    for _, _, tensor in results:
+        torch.testing.assert_close(tensor, torch.full((3,), 0.5 * total))
+    assert torch.equal(ones, torch.ones(3))
+    assert not alive([pid for pid, _, _ in results])
+
+
+def test_first_failure_is_raised_at_once(tmp_path: Path) -> None:
+    run_distributed(surroundings, 1)  # the server is up
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=r"rank 2 of 3 failed") as error:
+        run_distributed(fail_on_one, 3, 2, str(tmp_path))
+    assert time.monotonic() - start < 10
+    message = str(error.value)
+    assert "ValueError: the planted error" in message and "in fail_on_one" in message
+    assert "rank 0" not in message and "rank 1" not in message
+    assert len(noted(tmp_path)) == 3 and not alive(noted(tmp_path))
+
+
+def test_a_death_is_reported() -> None:
+    with pytest.raises(AssertionError, match=r"rank 1 of 2 failed:\nit died with exit code 7"):
+        run_distributed(die_on_one, 2, 1)
+
+
+def test_timeout_kills_ranks_and_their_children(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError, match=r"ranks \[0\] of 2 have not returned in 4 s"):
+        run_distributed(hang_with_a_child, 2, str(tmp_path), timeout_s=4)
+    pids = noted(tmp_path)
+    assert len(pids) == 4 and not alive(pids)
+
+
+def test_ranks_share_the_parents_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATSP_TEST_MARK", "seen")
+    monkeypatch.chdir(tmp_path)
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert run_distributed(surroundings, 2) == [("seen", str(tmp_path), threads)] * 2
+
+
+def test_warnings_are_errors_in_ranks() -> None:
+    with pytest.raises(AssertionError, match="UserWarning: the planted warning"):
+        run_distributed(warn, 1)
+
+
+def test_a_local_function_is_refused() -> None:
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        run_distributed(lambda: None, 1)
