@@ -1,0 +1,134 @@
+"""The network: a decoder-only GPT of the Llama family.
+
+    x = embedding(ids)
+    each layer:  x += attention(norm(x));  x += mlp(norm(x))
+    logits = head(norm(x))
+
+Attention: rotary, grouped-query, optional biases on q, k, v (Qwen2), optional RMSNorm on q and
+k heads (Qwen3). MLP: SwiGLU. Parameters have the names and logical shapes of a Hugging Face
+state dict. They are declared here with plain torch modules and computed with by the `stream`
+objects that parallelize.py attaches: how weights and tokens are spread is not said here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatsp.model.rotary import rotary_table
+from megatsp.schema import ModelConfig
+from megatsp.tsp.attention import HeadVectors, RotaryTable
+from megatsp.tsp.layer import LayerTensors, StreamedLayer
+
+
+class Attention(nn.Module):
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        h, d = model.hidden_size, model.kv_channels
+        query, kv = model.num_attention_heads * d, model.num_query_groups * d
+        self.q_proj = nn.Linear(h, query, bias=model.add_qkv_bias)
+        self.k_proj = nn.Linear(h, kv, bias=model.add_qkv_bias)
+        self.v_proj = nn.Linear(h, kv, bias=model.add_qkv_bias)
+        self.o_proj = nn.Linear(query, h, bias=False)
+        self.q_norm = nn.RMSNorm(d, model.norm_epsilon) if model.qk_layernorm else None
+        self.k_norm = nn.RMSNorm(d, model.norm_epsilon) if model.qk_layernorm else None
+
+
+class MLP(nn.Module):
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(model.hidden_size, model.ffn_hidden_size, bias=False)
+        self.up_proj = nn.Linear(model.hidden_size, model.ffn_hidden_size, bias=False)
+        self.down_proj = nn.Linear(model.ffn_hidden_size, model.hidden_size, bias=False)
+
+
+class DecoderLayer(nn.Module):
+    stream: StreamedLayer
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(model.hidden_size, model.norm_epsilon)
+        self.self_attn = Attention(model)
+        self.post_attention_layernorm = nn.RMSNorm(model.hidden_size, model.norm_epsilon)
+        self.mlp = MLP(model)
+
+    def tensors(self) -> LayerTensors:
+        """This rank's shards, as autograd should see them."""
+        a, m = self.self_attn, self.mlp
+        projections = (a.q_proj, a.k_proj, a.v_proj)
+        biases = tuple(local(p.bias) for p in projections) if a.q_proj.bias is not None else None
+        gains = (local(a.q_norm.weight), local(a.k_norm.weight)) if a.q_norm and a.k_norm else None
+        return LayerTensors(
+            attention=[local(p.weight) for p in (*projections, a.o_proj)],
+            mlp=[local(p.weight) for p in (m.gate_proj, m.up_proj, m.down_proj)],
+            gains=[local(n.weight) for n in (self.input_layernorm, self.post_attention_layernorm)],
+            vectors=HeadVectors(biases, gains),  # type: ignore[arg-type]
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        table: RotaryTable,
+        following: Callable[[], None] | None,
+        preceding: Callable[[], None] | None,
+    ) -> Tensor:
+        return self.stream(x, self.tensors(), table, following, preceding)
+
+
+class Decoder(nn.Module):
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(model) for _ in range(model.num_layers))
+        self.norm = nn.RMSNorm(model.hidden_size, model.norm_epsilon)
+
+
+class GPT(nn.Module):
+    """The whole model on this rank's tokens.
+
+    engine: computes embedding, positions, head and prefetches; see parallelize.Engine.
+    """
+
+    engine: Any
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.config = model
+        self.model = Decoder(model)
+        untied = model.untie_embeddings_and_output_weights
+        self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False) if untied else None
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        return (self.lm_head or self.model.embed_tokens).weight
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """ids: int64 [B, T/D], this rank's zigzag share of the sequence; labels and mask likewise.
+
+        Returns each local token's loss times its mask, fp32 [B, T/D]; without labels the last
+        layer's output [B, T/D, h], before the final norm.
+        """
+        engine, layers = self.engine, self.model.layers
+        table = rotary_table(self.config, engine.positions(ids))
+        x = engine.embed(ids, local(self.model.embed_tokens.weight))
+        for i, layer in enumerate(layers):
+            x = layer(x, table, engine.after_forward(i, labels is not None), engine.after_backward(i))
+        if labels is None:
+            return x
+        return engine.head(
+            x, labels, mask, local(self.model.norm.weight), local(self.head_weight),
+            engine.after_backward(len(layers)),
+        )  # fmt: skip
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's shard of a parameter, connected to its gradient."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def count_parameters(model: ModelConfig) -> int:
+    """Number of parameters; a tied matrix counts once."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(model).parameters())

@@ -1,0 +1,1 @@
+"""Folded tensor and sequence parallelism: weights stream past the tokens, in buckets."""

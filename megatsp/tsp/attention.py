@@ -1,0 +1,171 @@
+"""Attention with streamed weights: forward and backward, one bucket of heads at a time.
+
+Per bucket: q, k, v = x W_q^T, x W_k^T, x W_v^T; rotary by global position; attention over the
+whole sequence; y += a W_o^T. y is summed in fp32 over buckets and belongs to local tokens
+alone: nothing is all-reduced.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatsp.model.rotary import inverse, rotate
+from megatsp.schema import ModelConfig
+from megatsp.tsp.attend import SequenceAttention
+from megatsp.tsp.buckets import Bucket
+from megatsp.tsp.linear import accumulate, product
+from megatsp.tsp.norm import rms_norm, rms_norm_backward
+from megatsp.tsp.stream import WeightStream
+
+RotaryTable = tuple[Tensor, Tensor]
+
+
+@dataclass
+class HeadVectors:
+    """The small parameters of an attention layer, whole on every rank; None where the model has none.
+
+    biases: of q, k and v, [H d], [K d], [K d]; gains: of the norms of q and k heads, [d] each.
+    """
+
+    biases: tuple[Tensor, Tensor, Tensor] | None = None
+    gains: tuple[Tensor, Tensor] | None = None
+
+    def zeros(self) -> "HeadVectors":
+        """Fp32 zeros of the same shapes, to add gradients to."""
+
+        def like(tensors):
+            return tuple(torch.zeros_like(t, dtype=torch.float32) for t in tensors) if tensors else None
+
+        return HeadVectors(like(self.biases), like(self.gains))
+
+    def tensors(self) -> list[Tensor]:
+        return [*(self.biases or ()), *(self.gains or ())]
+
+
+@dataclass
+class SavedBucket:
+    """What the forward keeps of one bucket; `projected` only if it is not computed again."""
+
+    out: Tensor  # [B, H_bucket, T/D, d]
+    lse: Tensor  # [B, H_bucket, T/D]
+    projected: Tensor | None  # q, k, v before norm and rotary: [B T/D, columns]
+
+
+class StreamedAttention:
+    """One layer's attention; `stream` brings its weights, `sequence` exchanges keys and values."""
+
+    def __init__(self, model: ModelConfig, stream: WeightStream, sequence: SequenceAttention) -> None:
+        self._stream, self._sequence = stream, sequence
+        self._head_width, self._epsilon = model.kv_channels, model.norm_epsilon
+
+    def prefetch(self, weights: Sequence[Tensor]) -> None:
+        self._stream.prefetch(weights)
+
+    def forward(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        vectors: HeadVectors,
+        table: RotaryTable,
+        keep_projected: bool,
+        following: Callable[[], None] | None,
+    ) -> tuple[Tensor, dict[int, SavedBucket]]:
+        """x: [B, T/D, h], normalised. Returns y [B, T/D, h] in fp32, and what backward needs, by step."""
+        y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        rows, saved = x.flatten(0, 1), {}
+        for step, bucket, matrix in self._stream.walk(weights, following):
+            projected = self._project(rows, matrix, bucket, vectors)
+            q, k, v = self._heads(projected.view(*x.shape[:2], -1), bucket, vectors, table)
+            out, lse = self._sequence.forward(q, k, v)
+            accumulate(y.flatten(0, 1), _rows(out), matrix[:, -bucket[3].width :].t())
+            saved[step] = SavedBucket(out, lse, projected if keep_projected else None)
+        return y, saved
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        vectors: HeadVectors,
+        table: RotaryTable,
+        saved: dict[int, SavedBucket],
+        following: Callable[[], None] | None,
+    ) -> tuple[Tensor, list[Tensor], HeadVectors]:
+        """dy: [B, T/D, h] in the compute dtype. Empties `saved` as it goes.
+
+        Returns dx in fp32, this rank's weight gradients in fp32, and the LOCAL tokens' share of
+        the vectors' gradients.
+        """
+        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        rows, drows, dvectors = x.flatten(0, 1), dy.flatten(0, 1), vectors.zeros()
+        gradients = self._stream.gradients(weights)
+        for step, bucket, matrix in self._stream.walk(weights, following):
+            kept, split = saved.pop(step), bucket[3].width
+            projected = kept.projected
+            if projected is None:
+                projected = self._project(rows, matrix, bucket, vectors)
+            projected = projected.view(*x.shape[:2], -1)
+            dout = (drows @ matrix[:, -split:]).view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
+            dheads = self._sequence.backward(
+                dout, *self._heads(projected, bucket, vectors, table), kept.out, kept.lse
+            )
+            dprojected = self._heads_backward(dheads, projected, bucket, vectors, dvectors, table)
+            dprojected = dprojected.flatten(0, 1).to(x.dtype)
+            accumulate(dx.flatten(0, 1), dprojected, matrix[:, :-split].t())
+            dmatrix = gradients.buffer(step)
+            product(dmatrix[:, :-split], rows.t(), dprojected)
+            product(dmatrix[:, -split:], drows.t(), _rows(kept.out))
+            gradients.send(step, dmatrix)
+        return dx, gradients.finish(), dvectors
+
+    def _project(self, rows: Tensor, matrix: Tensor, bucket: Bucket, vectors: HeadVectors) -> Tensor:
+        """[B T/D, h] to the bucket's q, k and v columns, side by side."""
+        projected = rows @ matrix[:, : -bucket[3].width]
+        if vectors.biases:
+            biases = [b[s.start : s.stop] for b, s in zip(vectors.biases, bucket[:3], strict=True)]
+            projected += torch.cat(biases).to(projected.dtype)
+        return projected
+
+    def _heads(
+        self, projected: Tensor, bucket: Bucket, vectors: HeadVectors, table: RotaryTable
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T/D, columns] to q [B, H, T/D, d] and k, v [B, K, T/D, d], normalised and rotated."""
+        q, k, v = (t.unflatten(-1, (-1, self._head_width)) for t in _columns(projected, bucket))
+        if vectors.gains:
+            q, k = (rms_norm(t, g, self._epsilon) for t, g in zip((q, k), vectors.gains, strict=True))
+        return rotate(q.transpose(1, 2), table), rotate(k.transpose(1, 2), table), v.transpose(1, 2)
+
+    def _heads_backward(
+        self,
+        dheads: tuple[Tensor, Tensor, Tensor],
+        projected: Tensor,
+        bucket: Bucket,
+        vectors: HeadVectors,
+        dvectors: HeadVectors,
+        table: RotaryTable,
+    ) -> Tensor:
+        """Gradient of the projected columns [B, T/D, columns], fp32; adds to `dvectors`."""
+        dq, dk, dv = dheads
+        dhead_list = [t.transpose(1, 2) for t in (rotate(dq, inverse(table)), rotate(dk, inverse(table)), dv)]
+        if vectors.gains and dvectors.gains:
+            inputs = _columns(projected, bucket)
+            for i, gain in enumerate(vectors.gains):
+                heads = inputs[i].unflatten(-1, (-1, self._head_width))
+                dhead_list[i], dgain = rms_norm_backward(dhead_list[i], heads, gain, self._epsilon)
+                dvectors.gains[i].add_(dgain)
+        columns = [t.flatten(2) for t in dhead_list]
+        if dvectors.biases:
+            for dbias, span, column in zip(dvectors.biases, bucket[:3], columns, strict=True):
+                dbias[span.start : span.stop] += column.sum((0, 1))
+        return torch.cat(columns, -1)
+
+
+def _columns(projected: Tensor, bucket: Bucket) -> tuple[Tensor, ...]:
+    return projected.split([s.width for s in bucket[:3]], -1)
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """[B, H, T/D, d] to [B T/D, H d]."""
+    return heads.transpose(1, 2).flatten(2).flatten(0, 1)

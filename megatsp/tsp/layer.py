@@ -1,0 +1,180 @@
+"""One decoder layer on a TSP group: x + attention(norm(x)), then + mlp(norm(.)).
+
+What the backward computes again, by `recompute_granularity`; beside x every setting keeps
+
+    none       q, k, v, attention's out and log-sum-exp, the MLP's input, gate and up
+    selective  attention's out and log-sum-exp, the MLP's input
+    full       nothing: attention runs again first, with its weights, keys and values sent again
+
+The MLP's own forward is never run again: its backward needs its input alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatsp.tsp.attention import HeadVectors, RotaryTable, SavedBucket, StreamedAttention
+from megatsp.tsp.mlp import StreamedMLP
+from megatsp.tsp.norm import rms_norm, rms_norm_backward
+from megatsp.tsp.small import SmallParameters
+
+
+@dataclass
+class LayerTensors:
+    """This rank's tensors of one layer, in the order autograd sees them.
+
+    attention: q, k, v, o; mlp: gate, up, down; gains: before attention, before the MLP;
+    vectors: biases and head gains.
+    """
+
+    attention: Sequence[Tensor]
+    mlp: Sequence[Tensor]
+    gains: Sequence[Tensor]
+    vectors: HeadVectors
+
+    def flat(self) -> list[Tensor]:
+        return [*self.attention, *self.mlp, *self.gains, *self.vectors.tensors()]
+
+
+class StreamedLayer:
+    """Computes one layer. `prefetch_forward` posts its first transfers; see `LayerTensors`."""
+
+    def __init__(
+        self,
+        attention: StreamedAttention,
+        mlp: StreamedMLP,
+        small: SmallParameters,
+        epsilon: float,
+        recompute: str,
+    ) -> None:
+        self.attention, self.mlp, self.small = attention, mlp, small
+        self.epsilon, self.recompute = epsilon, recompute
+
+    def prefetch_forward(self, tensors: LayerTensors) -> None:
+        self.small.prefetch(tensors.gains)
+        self.attention.prefetch(tensors.attention)
+
+    def prefetch_backward(self, tensors: LayerTensors) -> None:
+        if self.recompute == "full":
+            self.attention.prefetch(tensors.attention)
+        else:
+            self.mlp.prefetch(tensors.mlp)
+
+    def __call__(
+        self,
+        x: Tensor,
+        tensors: LayerTensors,
+        table: RotaryTable,
+        following: Callable[[], None] | None,
+        preceding: Callable[[], None] | None,
+    ) -> Tensor:
+        """[B, T/D, h] to [B, T/D, h].
+
+        following: posts what comes after this layer's forward; preceding: after its backward.
+        """
+        return _Layer.apply(x, self, tensors, table, following, preceding, *tensors.flat())  # type: ignore[no-any-return]
+
+
+@dataclass
+class _Saved:
+    gains: Tensor
+    attention: dict[int, SavedBucket]
+    mlp_input: Tensor | None
+    mlp: dict[int, Tensor]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        layer: StreamedLayer,
+        tensors: LayerTensors,
+        table: RotaryTable,
+        following: Callable[[], None] | None,
+        preceding: Callable[[], None] | None,
+        *flat: Tensor,
+    ) -> Tensor:
+        gains = layer.small.gains(tensors.gains)
+        keep = any(ctx.needs_input_grad) and layer.recompute == "none"
+        middle, attention = _attention_forward(
+            layer, x, gains, tensors, table, keep, lambda: layer.mlp.prefetch(tensors.mlp)
+        )
+        full = layer.recompute == "full"
+        if full:
+            attention.clear()
+        normed = rms_norm(middle, gains[1], layer.epsilon)
+        y, mlp = layer.mlp.forward(normed, tensors.mlp, keep, following)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, *flat)
+            ctx.layer, ctx.table, ctx.preceding = layer, table, preceding
+            ctx.biased, ctx.head_normed = (
+                tensors.vectors.biases is not None,
+                tensors.vectors.gains is not None,
+            )
+            # Not by save_for_backward, which is for inputs and outputs; backward lets go of it.
+            ctx.kept = _Saved(gains, attention, None if full else middle, mlp)
+        return y.add_(middle).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, *flat = ctx.saved_tensors
+        layer, table, preceding = ctx.layer, ctx.table, ctx.preceding
+        kept, ctx.kept = ctx.kept, None
+        tensors = _unflatten(flat, ctx.biased, ctx.head_normed)
+        prefetch_attention = lambda: layer.attention.prefetch(tensors.attention)  # noqa: E731
+
+        middle, attention = kept.mlp_input, kept.attention
+        if middle is None:
+            middle, attention = _attention_forward(
+                layer, x, kept.gains, tensors, table, True, lambda: layer.mlp.prefetch(tensors.mlp)
+            )
+        normed = rms_norm(middle, kept.gains[1], layer.epsilon)
+        dnormed, dmlp = layer.mlp.backward(dout, normed, tensors.mlp, kept.mlp, prefetch_attention)
+        dmiddle, dgain_mlp = rms_norm_backward(dnormed, middle, kept.gains[1], layer.epsilon)
+        del middle, normed, dnormed
+        dmiddle += dout
+
+        normed = rms_norm(x, kept.gains[0], layer.epsilon)
+        dnormed, dattention, dvectors = layer.attention.backward(
+            dmiddle.to(x.dtype), normed, tensors.attention, tensors.vectors, table, attention, preceding
+        )
+        dx, dgain_attention = rms_norm_backward(dnormed, x, kept.gains[0], layer.epsilon)
+        dx += dmiddle
+
+        dgains, dvector_sums = layer.small.reduce([dgain_attention, dgain_mlp], dvectors.tensors())
+        gradients = [*dattention, *dmlp, *dgains, *dvector_sums]
+        return (
+            dx.to(x.dtype), None, None, None, None, None,
+            *(g.to(t.dtype) for g, t in zip(gradients, flat, strict=True)),
+        )  # fmt: skip
+
+
+def _attention_forward(
+    layer: StreamedLayer,
+    x: Tensor,
+    gains: Tensor,
+    tensors: LayerTensors,
+    table: RotaryTable,
+    keep_projected: bool,
+    following: Callable[[], None],
+) -> tuple[Tensor, dict[int, SavedBucket]]:
+    """x + attention(norm(x)) in x's dtype, and what attention's backward needs."""
+    normed = rms_norm(x, gains[0], layer.epsilon)
+    y, saved = layer.attention.forward(
+        normed, tensors.attention, tensors.vectors, table, keep_projected, following
+    )
+    return y.add_(x).to(x.dtype), saved
+
+
+def _unflatten(flat: Sequence[Tensor], biased: bool, head_normed: bool) -> LayerTensors:
+    """The inverse of LayerTensors.flat."""
+    rest = list(flat[9:])
+    biases = (rest.pop(0), rest.pop(0), rest.pop(0)) if biased else None
+    gains = (rest.pop(0), rest.pop(0)) if head_normed else None
+    return LayerTensors(flat[:4], flat[4:7], flat[7:9], HeadVectors(biases, gains))

@@ -1,0 +1,78 @@
+"""A gated MLP with streamed weights: y += (silu(x W_g^T) * (x W_u^T)) W_d^T per bucket of columns.
+
+Source: Shazeer, GLU variants, arXiv:2002.05202 (SwiGLU).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatsp.tsp.linear import accumulate, product
+from megatsp.tsp.stream import WeightStream
+
+
+class StreamedMLP:
+    """One layer's MLP; `stream` brings its weights. Columns of a bucket: gate, up, down."""
+
+    def __init__(self, stream: WeightStream) -> None:
+        self._stream = stream
+
+    def prefetch(self, weights: Sequence[Tensor]) -> None:
+        self._stream.prefetch(weights)
+
+    def forward(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        keep: bool,
+        following: Callable[[], None] | None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """x: [B, T/D, h], normalised. Returns y in fp32 and, if `keep`, gate and up columns by step."""
+        y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        rows, saved = x.flatten(0, 1), {}
+        for step, bucket, matrix in self._stream.walk(weights, following):
+            width = bucket[0].width
+            gate_up = rows @ matrix[:, : 2 * width]
+            gate, up = gate_up.chunk(2, -1)
+            accumulate(y.flatten(0, 1), F.silu(gate) * up, matrix[:, 2 * width :].t())
+            if keep:
+                saved[step] = gate_up
+        return y, saved
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        saved: dict[int, Tensor],
+        following: Callable[[], None] | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """dy: [B, T/D, h] in the compute dtype; what `saved` lacks is computed again.
+
+        Returns dx in fp32 and this rank's weight gradients in fp32. Empties `saved` as it goes.
+        """
+        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        rows, drows = x.flatten(0, 1), dy.flatten(0, 1)
+        gradients = self._stream.gradients(weights)
+        for step, bucket, matrix in self._stream.walk(weights, following):
+            width = bucket[0].width
+            gate_up = saved.pop(step) if step in saved else rows @ matrix[:, : 2 * width]
+            dgate_up, activation = _swiglu_backward(drows @ matrix[:, 2 * width :], gate_up)
+            accumulate(dx.flatten(0, 1), dgate_up, matrix[:, : 2 * width].t())
+            dmatrix = gradients.buffer(step)
+            product(dmatrix[:, : 2 * width], rows.t(), dgate_up)
+            product(dmatrix[:, 2 * width :], drows.t(), activation)
+            gradients.send(step, dmatrix)
+        return dx, gradients.finish()
+
+
+def _swiglu_backward(dactivation: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of (gate, up), and the activation silu(gate) * up again; in gate_up's dtype."""
+    gate, up = gate_up.float().chunk(2, -1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = dactivation * up * (sigmoid + silu * (1 - sigmoid))
+    dgate_up = torch.cat([dgate, dactivation * silu], -1).to(gate_up.dtype)
+    return dgate_up, (silu * up).to(gate_up.dtype)

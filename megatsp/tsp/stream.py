@@ -1,0 +1,55 @@
+"""The weight stream: the buckets of a layer, one after another, the next one on its way."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from megatsp.comm import Pending
+from megatsp.tsp.buckets import Bucket
+from megatsp.tsp.transport import Gradients, Transport
+
+
+class WeightStream:
+    """Walks the buckets of one part of one layer.
+
+    At most two buckets exist at a time: the one in use and the one on its way.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._ahead: Pending | None = None
+
+    def prefetch(self, weights: Sequence[Tensor]) -> None:
+        """Posts the first bucket of the next walk.
+
+        Raises:
+            RuntimeError: if it is posted already: every prefetch must be followed by a walk.
+        """
+        if self._ahead is not None:
+            raise RuntimeError(f"the first {self._transport.part.label} bucket is on its way already")
+        self._ahead = self._transport.post(0, weights, None)
+
+    def walk(
+        self, weights: Sequence[Tensor], following: Callable[[], None] | None = None
+    ) -> Iterator[tuple[int, Bucket, Tensor]]:
+        """Yields (step, bucket, its [h, R] tensor), each once, in this rank's order.
+
+        weights: this rank's shards. following: called before the last bucket is used, to post
+        what is needed after this walk.
+        """
+        if self._ahead is None:
+            self.prefetch(weights)
+        pending, self._ahead = self._ahead, None
+        transport = self._transport
+        for step in range(transport.steps):
+            assert pending is not None
+            matrix = pending.wait()
+            if step + 1 < transport.steps:
+                pending = transport.post(step + 1, weights, matrix)
+            elif following is not None:
+                following()
+            yield step, transport.part.buckets[transport.bucket(step)], matrix
+
+    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
+        """Where the gradients of one backward walk go."""
+        return self._transport.gradients(weights)

@@ -1,0 +1,290 @@
+"""How a bucket reaches every rank, and how its gradient gets home.
+
+A transport serves one `Part` on one group. It knows who holds what; those who compute with
+the buckets do not. Steps are counted from 0; at step s every rank has SOME bucket, and only
+on the ring is it another one on each rank.
+
+`weights` is always this rank's shards, in the order of the part's matrices; what arrives is
+the [h, R] bucket in the compute dtype. Gradients are given as [h, R] in fp32 and end as
+tensors like the shards, in fp32.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatsp.comm import Comm, Pending, TravellingSum
+from megatsp.tsp.buckets import Bucket, Part, Span, h_major, width
+
+
+class Gradients(Protocol):
+    """Collects the bucket gradients of one backward pass."""
+
+    def buffer(self, step: int) -> Tensor:
+        """An uninitialised fp32 [h, R] for this step's gradient."""
+
+    def send(self, step: int, gradient: Tensor) -> None:
+        """Posts a gradient written into `buffer(step)`. One is in flight at a time."""
+
+    def finish(self) -> list[Tensor]:
+        """Waits for the last one; this rank's gradient shards, fp32."""
+
+
+class Transport(Protocol):
+    """How the buckets of `part` travel."""
+
+    part: Part
+    steps: int
+
+    def bucket(self, step: int) -> int:
+        """Index of the bucket that this rank has at `step`."""
+
+    def post(self, step: int, weights: Sequence[Tensor], previous: Tensor | None) -> Pending:
+        """Posts the transfer of this step's bucket; `previous` is the last step's."""
+
+    def gradients(self, weights: Sequence[Tensor]) -> Gradients: ...
+
+
+class Gather:
+    """Layout `hidden`: rank p holds rows p of every h-major matrix.
+
+    A bucket is ONE all-gather: the ranks' [h/D, R] blocks land in rank order, which is the
+    bucket itself. Its gradient is one reduce-scatter of [h, R].
+    """
+
+    def __init__(self, part: Part, comm: Comm, dtype: torch.dtype) -> None:
+        self.part, self.comm, self.dtype = part, comm, dtype
+        self.steps = len(part.buckets)
+
+    def bucket(self, step: int) -> int:
+        return step
+
+    def post(self, step: int, weights: Sequence[Tensor], previous: Tensor | None) -> Pending:
+        del previous
+        columns = [h_major(weights[s.matrix], self.part.matrices[s.matrix])[:, s.start : s.stop]
+                   for s in self.part.buckets[step]]  # fmt: skip
+        rows = columns[0].shape[0]
+        block = columns[0].new_empty(rows, width(self.part.buckets[step]), dtype=self.dtype)
+        for target, source in zip(block.split([c.shape[1] for c in columns], 1), columns, strict=True):
+            target.copy_(source)
+        return self.comm.all_gather(block, f"{self.part.label}/weights")
+
+    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
+        return _GatherGradients(self, weights)
+
+
+class _GatherGradients:
+    def __init__(self, transport: Gather, weights: Sequence[Tensor]) -> None:
+        self._transport = transport
+        self._shards = [torch.empty_like(w, dtype=torch.float32) for w in weights]
+        self._in_flight: tuple[Bucket, Pending] | None = None
+        views = zip(self._shards, transport.part.matrices, strict=True)
+        self._views = [h_major(shard, matrix) for shard, matrix in views]
+
+    def buffer(self, step: int) -> Tensor:
+        rows = self._views[0].shape[0] * self._transport.comm.size
+        return self._views[0].new_empty(rows, width(self._transport.part.buckets[step]))
+
+    def send(self, step: int, gradient: Tensor) -> None:
+        self._land()
+        label = f"{self._transport.part.label}/gradients"
+        self._in_flight = (
+            self._transport.part.buckets[step],
+            self._transport.comm.reduce_scatter(gradient, label),
+        )
+
+    def _land(self) -> None:
+        if self._in_flight is None:
+            return
+        bucket, pending = self._in_flight
+        for span, columns in zip(bucket, pending.wait().split([s.width for s in bucket], 1), strict=True):
+            self._views[span.matrix][:, span.start : span.stop] = columns
+        self._in_flight = None
+
+    def finish(self) -> list[Tensor]:
+        self._land()
+        return self._shards
+
+
+class _OwnerTable:
+    """Layout `owner`: rank r holds columns r of every h-major matrix, as DTensor's Shard cuts them."""
+
+    def __init__(self, part: Part, comm: Comm) -> None:
+        self._chunks = [-(-matrix.columns // comm.size) for matrix in part.matrices]
+        self.part, self.rank = part, comm.rank
+
+    def by_owner(self, span: Span) -> list[tuple[int, Span]]:
+        """The span cut where the owner changes, in order."""
+        chunk, pieces, start = self._chunks[span.matrix], [], span.start
+        while start < span.stop:
+            owner = start // chunk
+            stop = min(span.stop, (owner + 1) * chunk)
+            pieces.append((owner, Span(span.matrix, start, stop)))
+            start = stop
+        return pieces
+
+    def local_rows(self, shards: Sequence[Tensor], span: Span) -> Tensor:
+        """This rank's own piece, as [columns, h]."""
+        first = self.rank * self._chunks[span.matrix]
+        whole = h_major(shards[span.matrix], self.part.matrices[span.matrix])
+        return whole[:, span.start - first : span.stop - first].t()
+
+
+class Broadcast:
+    """Layout `owner`, any number of buckets: each owner broadcasts its pieces of the bucket.
+
+    A bucket lies in memory as [R, h], so that an owner's piece is contiguous. Where buckets and
+    owners coincide it is one broadcast; a piece cut by the head borders costs one more. The
+    gradient goes home by reductions to the same owners.
+    """
+
+    def __init__(self, part: Part, comm: Comm, dtype: torch.dtype) -> None:
+        self.part, self.comm, self.dtype = part, comm, dtype
+        self.steps = len(part.buckets)
+        self.table = _OwnerTable(part, comm)
+
+    def bucket(self, step: int) -> int:
+        return step
+
+    def pieces(self, step: int) -> list[tuple[int, int, int, list[Span]]]:
+        """(owner, first row, last row + 1, spans): neighbours of one owner are one piece."""
+        merged: list[tuple[int, int, int, list[Span]]] = []
+        row = 0
+        for owner, span in (p for s in self.part.buckets[step] for p in self.table.by_owner(s)):
+            if merged and merged[-1][0] == owner:
+                _, start, _, spans = merged.pop()
+                merged.append((owner, start, row + span.width, [*spans, span]))
+            else:
+                merged.append((owner, row, row + span.width, [span]))
+            row += span.width
+        return merged
+
+    def post(self, step: int, weights: Sequence[Tensor], previous: Tensor | None) -> Pending:
+        del previous
+        h = weights[0].shape[self.part.matrices[0].h_dim]
+        buffer = weights[0].new_empty(width(self.part.buckets[step]), h, dtype=self.dtype)
+        works = []
+        for owner, start, stop, spans in self.pieces(step):
+            if owner == self.comm.rank:
+                targets = buffer[start:stop].split([s.width for s in spans])
+                for target, span in zip(targets, spans, strict=True):
+                    target.copy_(self.table.local_rows(weights, span))
+            if self.comm.size > 1:
+                label = f"{self.part.label}/weights"
+                works.append(self.comm.broadcast(buffer[start:stop], owner, label))
+        return Pending(buffer.t(), works, self.comm.traffic, [buffer])
+
+    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
+        return _BroadcastGradients(self, weights)
+
+
+class _BroadcastGradients:
+    def __init__(self, transport: Broadcast, weights: Sequence[Tensor]) -> None:
+        self._transport = transport
+        self._h = weights[0].shape[transport.part.matrices[0].h_dim]
+        self._shards = [torch.empty_like(w, dtype=torch.float32) for w in weights]
+        self._in_flight: tuple[int, Pending] | None = None
+
+    def buffer(self, step: int) -> Tensor:
+        rows = width(self._transport.part.buckets[step])
+        return self._shards[0].new_empty(rows, self._h).t()
+
+    def send(self, step: int, gradient: Tensor) -> None:
+        self._land()
+        rows, comm = gradient.t(), self._transport.comm
+        works = []
+        if comm.size > 1:
+            label = f"{self._transport.part.label}/gradients"
+            for owner, start, stop, _ in self._transport.pieces(step):
+                works.append(comm.reduce(rows[start:stop], owner, label))
+        self._in_flight = step, Pending(rows, works, comm.traffic)
+
+    def _land(self) -> None:
+        if self._in_flight is None:
+            return
+        step, pending = self._in_flight
+        rows = pending.wait()
+        for owner, start, stop, spans in self._transport.pieces(step):
+            if owner == self._transport.comm.rank:
+                sources = rows[start:stop].split([s.width for s in spans])
+                for span, source in zip(spans, sources, strict=True):
+                    self._transport.table.local_rows(self._shards, span).copy_(source)
+        self._in_flight = None
+
+    def finish(self) -> list[Tensor]:
+        self._land()
+        return self._shards
+
+
+class Ring:
+    """Layout `owner`, buckets that follow the owners: they walk a ring, one hop a step.
+
+    Rank p starts with its own bucket and then computes with what rank p-1 had before, while
+    its gradients' sums travel the same way (`TravellingSum`). With m buckets an owner there
+    are m rounds of D steps.
+    """
+
+    def __init__(self, part: Part, comm: Comm, dtype: torch.dtype) -> None:
+        self.part, self.comm, self.dtype = part, comm, dtype
+        self.steps = len(part.buckets)
+        assert self.steps % comm.size == 0
+        self.rounds = self.steps // comm.size
+        self.table = _OwnerTable(part, comm)
+
+    def bucket(self, step: int) -> int:
+        round_, hop = divmod(step, self.comm.size)
+        return (self.comm.rank - hop) % self.comm.size * self.rounds + round_
+
+    def post(self, step: int, weights: Sequence[Tensor], previous: Tensor | None) -> Pending:
+        bucket = self.part.buckets[self.bucket(step)]
+        h = weights[0].shape[self.part.matrices[0].h_dim]
+        buffer = weights[0].new_empty(width(bucket), h, dtype=self.dtype)
+        if step % self.comm.size == 0:  # the round starts with this rank's own
+            for target, span in zip(buffer.split([s.width for s in bucket]), bucket, strict=True):
+                target.copy_(self.table.local_rows(weights, span))
+            return Pending(buffer.t())
+        assert previous is not None
+        return self.comm.shift(previous.t(), buffer, f"{self.part.label}/weights").then(Tensor.t)
+
+    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
+        return _RingGradients(self, weights)
+
+
+class _RingGradients:
+    def __init__(self, transport: Ring, weights: Sequence[Tensor]) -> None:
+        self._transport = transport
+        self._h = weights[0].shape[transport.part.matrices[0].h_dim]
+        self._shards = [torch.empty_like(w, dtype=torch.float32) for w in weights]
+        self._sum: TravellingSum | None = None
+
+    def _rows(self, step: int) -> int:
+        return width(self._transport.part.buckets[self._transport.bucket(step)])
+
+    def buffer(self, step: int) -> Tensor:
+        return self._shards[0].new_empty(self._rows(step), self._h).t()
+
+    def send(self, step: int, gradient: Tensor) -> None:
+        ring = self._transport
+        round_, hop = divmod(step, ring.comm.size)
+        if hop == 0:
+            self._land(round_ - 1)
+            self._sum = TravellingSum(ring.comm, f"{ring.part.label}/gradients")
+        assert self._sum is not None
+        last = hop == ring.comm.size - 1  # then this rank's own comes home
+        arriving = self._rows(round_ * ring.comm.size if last else step + 1)
+        self._sum.add(hop, gradient.t(), (arriving, self._h))
+
+    def _land(self, round_: int) -> None:
+        if self._sum is None:
+            return
+        bucket = self._transport.part.buckets[self._transport.bucket(round_ * self._transport.comm.size)]
+        sources = self._sum.total().split([s.width for s in bucket])
+        for span, source in zip(bucket, sources, strict=True):
+            self._transport.table.local_rows(self._shards, span).copy_(source)
+        self._sum = None
+
+    def finish(self) -> list[Tensor]:
+        self._land(self._transport.rounds - 1)
+        return self._shards

@@ -1,0 +1,131 @@
+"""Compares the streamed GPT on gloo ranks with the dense reference: loss and every gradient."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import torch
+from dense import DenseGPT
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from megatsp.axes import Axes
+from megatsp.model.gpt import GPT
+from megatsp.model.parallelize import DTYPES, build_model
+from megatsp.schema import Config, ModelConfig, ParallelConfig, TrainerConfig
+from megatsp.tsp.partition import take_local
+
+# Odd on purpose: FFN width, vocabulary and batch divide by nothing here.
+BATCH, LENGTH = 3, 48
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=40,
+    ffn_hidden_size=107,
+    num_attention_heads=8,
+    num_query_groups=8,
+    kv_channels=6,
+    vocab_size=131,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration under test; `micro_batches` > 1 accumulates gradients."""
+
+    model: ModelConfig = MODEL
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: str = "none"
+    dtype: str = "fp32"
+    micro_batches: int = 1
+
+    def config(self) -> Config:
+        trainer = TrainerConfig(recompute_granularity=self.recompute, dtype=self.dtype)
+        return Config(model=self.model, parallel=self.parallel, trainer=trainer)
+
+
+def case(tsp: int, recompute: str = "none", dtype: str = "fp32", micro_batches: int = 1, **changes) -> Case:
+    """A case from flat keys: those of ModelConfig and of ParallelConfig."""
+    model_keys = {k: v for k, v in changes.items() if hasattr(MODEL, k)}
+    parallel = dict(attention_buckets=1, mlp_buckets=tsp, head_buckets=2, dp_shard=1)
+    parallel |= {k: v for k, v in changes.items() if k not in model_keys}
+    return Case(replace(MODEL, **model_keys), ParallelConfig(tsp=tsp, **parallel), recompute, dtype, micro_batches)
+
+
+def batch(samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, labels, mask [samples, T]; about a fifth of the tokens carry no loss."""
+    generator = torch.Generator().manual_seed(samples)
+    ids, labels = torch.randint(0, MODEL.vocab_size, (2, samples, LENGTH), generator=generator)
+    return ids, labels, (torch.rand(samples, LENGTH, generator=generator) < 0.8).float()
+
+
+@cache
+def weights(model: ModelConfig) -> dict[str, Tensor]:
+    """Random fp32 weights in which gains and biases matter."""
+    torch.manual_seed(7)
+    state = DenseGPT(model).state_dict()
+    return {k: v + 0.2 * torch.randn_like(v) if v.dim() == 1 else 0.2 * torch.randn_like(v) for k, v in state.items()}
+
+
+@cache
+def dense_result(model: ModelConfig, samples: int, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the dense reference computed in `dtype`."""
+    dense = DenseGPT(model)
+    dense.load_state_dict(weights(model))
+    dense.to(dtype)
+    loss = dense.loss(*batch(samples))
+    loss.backward()
+    return loss.item(), {k: p.grad.float() for k, p in dense.named_parameters() if p.grad is not None}
+
+
+def load(gpt: GPT, state: dict[str, Tensor]) -> None:
+    """Gives every rank its shards of a full state dict."""
+    set_model_state_dict(gpt, {k: v.clone() for k, v in state.items()}, options=StateDictOptions(full_state_dict=True))
+
+
+def rank_result(config: Config, state: dict[str, Tensor], micro_batches: int) -> tuple[float, dict[str, Tensor]]:
+    """On a rank: the global loss and the gathered gradients."""
+    axes = Axes.build(config.parallel, torch.device("cpu"))
+    gpt = build_model(config, axes)
+    load(gpt, state)
+    samples = BATCH * axes.dp_size * micro_batches
+    tokens = batch(samples)
+    count = tokens[2].sum()
+    loss = torch.zeros(())
+    for i in range(micro_batches):
+        start = (i * axes.dp_size + axes.dp_rank) * BATCH
+        local = [take_local(t[start : start + BATCH], axes.tsp.rank, axes.tsp.size) for t in tokens]
+        part = gpt(*local).sum() / count
+        part.backward()
+        loss += part.detach()
+    torch.distributed.all_reduce(loss)
+    return loss.item(), {k: p.grad.full_tensor() for k, p in gpt.named_parameters()}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def rank_errors(jobs: Sequence[tuple[Case, dict, float, dict]]) -> list[dict[str, float]]:
+    """On a rank: each case's relative error of loss and gradients, by parameter name."""
+    errors = []
+    for case_, state, loss, gradients in jobs:
+        actual_loss, actual = rank_result(case_.config(), state, case_.micro_batches)
+        assert actual.keys() == gradients.keys()
+        found = {name: relative_error(actual[name], gradients[name]) for name in gradients}
+        errors.append({"loss": abs(actual_loss - loss) / abs(loss), **found})
+    return errors
+
+
+def job(case_: Case) -> tuple[Case, dict, float, dict]:
+    dp = case_.parallel.dp_shard * case_.parallel.dp_replicate
+    samples = BATCH * dp * case_.micro_batches
+    return case_, weights(case_.model), *dense_result(case_.model, samples, torch.float32)
+
+
+def dense_errors(case_: Case) -> dict[str, float]:
+    """Relative errors of the dense reference in the case's own dtype, against fp32."""
+    samples = BATCH * case_.parallel.dp_shard * case_.parallel.dp_replicate * case_.micro_batches
+    loss, gradients = dense_result(case_.model, samples, DTYPES[case_.dtype])
+    exact_loss, exact = dense_result(case_.model, samples, torch.float32)
+    errors = {k: relative_error(gradients[k], exact[k]) for k in exact}
+    return {"loss": abs(loss - exact_loss) / exact_loss, **errors}

@@ -1,0 +1,78 @@
+"""Loss and every gradient of the streamed model equal the dense reference's."""
+
+from itertools import cycle, product
+
+import pytest
+from distributed import run_distributed
+from parity import Case, case, dense_errors, job, rank_errors
+
+FP32_BOUND = 1e-5
+RECOMPUTE = ("none", "selective", "full")
+
+
+def cases(tsp: int) -> list[Case]:
+    """Both layouts, both exchanges and all recompute settings; the rest is cycled through them."""
+    models = cycle(
+        [
+            dict(num_query_groups=8),
+            dict(num_query_groups=2, add_qkv_bias=True, untie_embeddings_and_output_weights=True),
+            dict(num_query_groups=1, qk_layernorm=True),
+            dict(num_query_groups=2, qk_layernorm=True, add_qkv_bias=True),
+            dict(num_query_groups=8, untie_embeddings_and_output_weights=True),
+        ]
+    )
+    counts = cycle([1, 2, tsp, 3, 5])
+    found = []
+    for layout, exchange, recompute in product(("hidden", "owner"), ("allgather", "ring"), RECOMPUTE):
+        model, count = next(models), next(counts)
+        groups = model["num_query_groups"]
+        attention = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= count)
+        mlp = count if layout == "hidden" else tsp * min(count, 3)
+        found.append(
+            case(
+                tsp, recompute, tsp_layout=layout, kv_exchange=exchange,
+                attention_buckets=attention, mlp_buckets=mlp, head_buckets=count, **model,
+            )
+        )  # fmt: skip
+    return found
+
+
+def check(found: list[Case], world_size: int, bound) -> None:
+    per_rank = run_distributed(rank_errors, world_size, [job(c) for c in found], timeout_s=280)
+    for errors in per_rank:
+        for case_, by_name in zip(found, errors, strict=True):
+            bounds = bound(case_)
+            over = {k: (v, bounds[k]) for k, v in by_name.items() if not v <= bounds[k]}
+            assert not over, f"{case_}: {over}"
+
+
+def fp32_bound(case_: Case) -> dict[str, float]:
+    return dict.fromkeys(dense_errors(case_), FP32_BOUND)
+
+
+@pytest.mark.parametrize("tsp", [1, 2, 4, 8])
+def test_fp32(tsp):
+    check(cases(tsp), tsp, fp32_bound)
+
+
+@pytest.mark.parametrize("tsp", [1, 2, 4])
+def test_bf16_error_is_at_most_twice_the_dense_one(tsp):
+    found = [case(tsp, r, "bf16", tsp_layout=layout, attention_buckets=2, head_buckets=3, mlp_buckets=2 * tsp)
+             for layout in ("hidden", "owner") for r in RECOMPUTE]  # fmt: skip
+    check(found, tsp, lambda c: {k: 2 * v + 1e-6 for k, v in dense_errors(c).items()})
+
+
+@pytest.mark.parametrize("layout", ["hidden", "owner"])
+@pytest.mark.parametrize(("replicate", "shard"), [(1, 2), (2, 1), (2, 2)])
+def test_data_parallel_over_tsp(layout, replicate, shard):
+    keys = dict(tsp_layout=layout, dp_replicate=replicate, dp_shard=shard, attention_buckets=2)
+    found = [
+        case(2, "selective", **keys),
+        case(2, "full", num_query_groups=2, add_qkv_bias=True, qk_layernorm=True, **keys),
+        case(2, "none", micro_batches=2, untie_embeddings_and_output_weights=True, **keys),
+    ]
+    check(found, 2 * replicate * shard, fp32_bound)
+
+
+def test_gradient_accumulation():
+    check([case(2, micro_batches=3), case(2, "full", micro_batches=2, tsp_layout="owner")], 2, fp32_bound)
