@@ -48,7 +48,9 @@ def case(tsp: int, recompute: str = "none", dtype: str = "fp32", micro_batches: 
     model_keys = {k: v for k, v in changes.items() if hasattr(MODEL, k)}
     parallel = dict(attention_buckets=1, mlp_buckets=tsp, head_buckets=2, dp_shard=1)
     parallel |= {k: v for k, v in changes.items() if k not in model_keys}
-    return Case(replace(MODEL, **model_keys), ParallelConfig(tsp=tsp, **parallel), recompute, dtype, micro_batches)
+    return Case(
+        replace(MODEL, **model_keys), ParallelConfig(tsp=tsp, **parallel), recompute, dtype, micro_batches
+    )
 
 
 def batch(samples: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +65,10 @@ def weights(model: ModelConfig) -> dict[str, Tensor]:
     """Random fp32 weights in which gains and biases matter."""
     torch.manual_seed(7)
     state = DenseGPT(model).state_dict()
-    return {k: v + 0.2 * torch.randn_like(v) if v.dim() == 1 else 0.2 * torch.randn_like(v) for k, v in state.items()}
+    return {
+        k: v + 0.2 * torch.randn_like(v) if v.dim() == 1 else 0.2 * torch.randn_like(v)
+        for k, v in state.items()
+    }
 
 
 @cache
@@ -79,10 +84,14 @@ def dense_result(model: ModelConfig, samples: int, dtype: torch.dtype) -> tuple[
 
 def load(gpt: GPT, state: dict[str, Tensor]) -> None:
     """Gives every rank its shards of a full state dict."""
-    set_model_state_dict(gpt, {k: v.clone() for k, v in state.items()}, options=StateDictOptions(full_state_dict=True))
+    set_model_state_dict(
+        gpt, {k: v.clone() for k, v in state.items()}, options=StateDictOptions(full_state_dict=True)
+    )
 
 
-def rank_result(config: Config, state: dict[str, Tensor], micro_batches: int) -> tuple[float, dict[str, Tensor]]:
+def rank_result(
+    config: Config, state: dict[str, Tensor], micro_batches: int
+) -> tuple[float, dict[str, Tensor]]:
     """On a rank: the global loss and the gathered gradients."""
     axes = Axes.build(config.parallel, torch.device("cpu"))
     gpt = build_model(config, axes)

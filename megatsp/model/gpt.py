@@ -101,8 +101,14 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False) if untied else None
 
     @property
-    def head_weight(self) -> nn.Parameter:
+    def head_weight(self) -> Tensor:
+        """[V, h]: the output head's own, or the embedding's."""
         return (self.lm_head or self.model.embed_tokens).weight
+
+    def layer(self, index: int) -> DecoderLayer:
+        layer = self.model.layers[index]
+        assert isinstance(layer, DecoderLayer)
+        return layer
 
     def forward(self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """ids: int64 [B, T/D], this rank's zigzag share of the sequence; labels and mask likewise.

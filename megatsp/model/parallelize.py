@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from megatsp.axes import Axes
-from megatsp.model.gpt import GPT, local
+from megatsp.model.gpt import GPT, DecoderLayer, local
 from megatsp.model.init import initial_slice
 from megatsp.schema import Config, ModelConfig, ParallelConfig
 from megatsp.tsp.attend import SequenceAttention
@@ -125,8 +125,9 @@ def _initialise(gpt: GPT, config: Config, axes: Axes) -> None:
         ranges = [(0, n) for n in parameter.shape]
         cut = placement(name, config.parallel.tsp_layout)
         assert isinstance(cut, Shard)
-        length, chunk = parameter.shape[cut.dim], -(-parameter.shape[cut.dim] // axes.tsp.size)
-        ranges[cut.dim] = tuple(min(length, chunk * (axes.tsp.rank + i)) for i in (0, 1))
+        length = parameter.shape[cut.dim]
+        first = min(length, -(-length // axes.tsp.size) * axes.tsp.rank)
+        ranges[cut.dim] = (first, min(length, first + -(-length // axes.tsp.size)))
         values = initial_slice(
             config.trainer.seed, name, ranges[dim], ranges[1 - dim], parameter.shape[1 - dim], std / scale
         )
@@ -161,7 +162,7 @@ class Engine:
         if not self._across_layers:
             return None
         if index + 1 < len(gpt.model.layers):
-            layer = gpt.model.layers[index + 1]
+            layer = gpt.layer(index + 1)
             return lambda: layer.stream.prefetch_forward(_shards(layer))
         if not with_head:
             return None
@@ -173,13 +174,13 @@ class Engine:
         """Posts what comes after layer `index` (or, past the last, the head) in the backward."""
         if not self._across_layers or index == 0:
             return None
-        layer = self._gpt.model.layers[index - 1]
+        layer = self._gpt.layer(index - 1)
         return lambda: layer.stream.prefetch_backward(_shards(layer))
 
 
 @torch.no_grad()
-def _shards(layer: nn.Module) -> LayerTensors:
-    return layer.tensors()  # type: ignore[operator, no-any-return]
+def _shards(layer: DecoderLayer) -> LayerTensors:
+    return layer.tensors()
 
 
 def _transport(part: Part, parallel: ParallelConfig, axes: Axes, dtype: torch.dtype) -> Transport:
@@ -214,8 +215,8 @@ def _attach_streams(gpt: GPT, config: Config, axes: Axes) -> None:
         _transport(p, config.parallel, axes, dtype) for p in parts(model, config.parallel)
     )
     sequence = SequenceAttention(axes.tsp, config.parallel.kv_exchange, model.kv_channels**-0.5)
-    for layer in gpt.model.layers:
-        layer.stream = StreamedLayer(
+    for index in range(model.num_layers):
+        gpt.layer(index).stream = StreamedLayer(
             StreamedAttention(model, WeightStream(attention), sequence),
             StreamedMLP(WeightStream(mlp)),
             SmallParameters(axes.tsp),

@@ -10,7 +10,6 @@ Source: Liu et al., Ring Attention, arXiv:2310.01889; Dao, FlashAttention-2, arX
 """
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from megatsp_kernels.attention import attention_backward, attention_forward
@@ -23,21 +22,12 @@ from megatsp.tsp.partition import to_global, to_shards
 Visit = tuple[slice, slice]
 
 
-class KVExchange(Protocol):
-    """Brings the keys and values [2, B, K, T/D, d] of the other ranks, once; made = posted."""
-
-    def arrivals(self) -> Iterator[tuple[Tensor, list[Visit]]]:
-        """Yields arrived keys and values [2, B, K, tokens, d] with who sees them."""
-
-    def send(self, gradient: Tensor) -> None:
-        """Takes the fp32 gradient of what was yielded last; then the next may be asked for."""
-
-    def total(self, own: Tensor) -> Tensor:
-        """`own` plus what all ranks sent for this rank's keys and values, fp32 [2, B, K, T/D, d]."""
-
-
 class AllGatherExchange:
-    """One all-gather; gradients return by one reduce-scatter."""
+    """One all-gather of keys and values; gradients return by one reduce-scatter.
+
+    Both exchanges are used alike: made (the first transfer is posted) with this rank's keys and
+    values [2, B, K, T/D, d]; then `arrivals`; in the backward `send` after each; then `total`.
+    """
 
     def __init__(self, comm: Comm, kv: Tensor, label: str) -> None:
         self._comm = comm
@@ -45,6 +35,7 @@ class AllGatherExchange:
         self._gradient: Pending | None = None
 
     def arrivals(self) -> Iterator[tuple[Tensor, list[Visit]]]:
+        """Yields arrived keys and values [2, B, K, tokens, d] with the queries that see them."""
         # In sequence order rank p's queries see chunks 0..p-1, and the later half of them,
         # chunk 2D-1-p, also chunks p+1..2D-2-p; chunk p and itself were its own block.
         rank, size = self._comm.rank, self._comm.size
@@ -55,9 +46,11 @@ class AllGatherExchange:
         yield kv, [visit for visit in (earlier, between) if visit[1].start < visit[1].stop]
 
     def send(self, gradient: Tensor) -> None:
+        """Takes the fp32 gradient of what was yielded last."""
         self._gradient = self._comm.reduce_scatter(to_shards(gradient, self._comm.size), "kv/gradients")
 
     def total(self, own: Tensor) -> Tensor:
+        """`own` plus what all ranks sent for this rank's keys and values: fp32 [2, B, K, T/D, d]."""
         assert self._gradient is not None
         return own.add_(self._gradient.wait()[0])
 
@@ -90,7 +83,10 @@ class RingExchange:
         return self._sum.total()
 
 
-EXCHANGES = {"allgather": AllGatherExchange, "ring": RingExchange}
+EXCHANGES: dict[str, type[AllGatherExchange] | type[RingExchange]] = {
+    "allgather": AllGatherExchange,
+    "ring": RingExchange,
+}
 
 
 class SequenceAttention:

@@ -21,12 +21,12 @@ def embed(ids: Tensor, weight: Tensor, comm: Comm, dtype: torch.dtype) -> Tensor
     Returns:
         [B, T/D, h] in `dtype`.
     """
-    return _Embed.apply(weight, ids, comm, dtype)  # type: ignore[no-any-return]
+    return _Embed.apply(weight, ids, comm, dtype)
 
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, comm: Comm, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, comm: Comm, dtype: torch.dtype) -> Tensor:
         all_ids = comm.all_gather(ids[None].int(), "embedding/ids").wait()  # [D, B, T/D]
         columns = torch.nn.functional.embedding(all_ids, weight).to(dtype)  # [D, B, T/D, h/D]
         arrived = comm.all_to_all(columns, "embedding/forward").wait()  # [D(of h), B, T/D, h/D]
@@ -36,7 +36,7 @@ class _Embed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (all_ids,) = ctx.saved_tensors
         parts = dout.unflatten(2, (ctx.comm.size, -1)).movedim(2, 0)
         columns = ctx.comm.all_to_all(parts, "embedding/backward").wait()

@@ -44,12 +44,12 @@ class StreamedHead:
         gain: [h/D]; weight: [V, h/D]. preceding: posts what comes after this backward.
         Returns each token's weighted loss, fp32 [B, T/D].
         """
-        return _Head.apply(x, labels, mask, gain, weight, self, preceding)  # type: ignore[no-any-return]
+        return _Head.apply(x, labels, mask, gain, weight, self, preceding)
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         labels: Tensor,
@@ -75,7 +75,7 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         x, targets, mask, gain, weight, gains, lse = ctx.saved_tensors
         head = ctx.head
         rows = rms_norm(x, gains[0], head.epsilon).flatten(0, 1)

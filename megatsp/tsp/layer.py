@@ -76,7 +76,7 @@ class StreamedLayer:
 
         following: posts what comes after this layer's forward; preceding: after its backward.
         """
-        return _Layer.apply(x, self, tensors, table, following, preceding, *tensors.flat())  # type: ignore[no-any-return]
+        return _Layer.apply(x, self, tensors, table, following, preceding, *tensors.flat())
 
 
 @dataclass
@@ -89,7 +89,7 @@ class _Saved:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         layer: StreamedLayer,
@@ -122,7 +122,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *flat = ctx.saved_tensors
         layer, table, preceding = ctx.layer, ctx.table, ctx.preceding
         kept, ctx.kept = ctx.kept, None
@@ -174,7 +174,4 @@ def _attention_forward(
 
 def _unflatten(flat: Sequence[Tensor], biased: bool, head_normed: bool) -> LayerTensors:
     """The inverse of LayerTensors.flat."""
-    rest = list(flat[9:])
-    biases = (rest.pop(0), rest.pop(0), rest.pop(0)) if biased else None
-    gains = (rest.pop(0), rest.pop(0)) if head_normed else None
-    return LayerTensors(flat[:4], flat[4:7], flat[7:9], HeadVectors(biases, gains))
+    return LayerTensors(flat[:4], flat[4:7], flat[7:9], HeadVectors.of(flat[9:], biased, head_normed))

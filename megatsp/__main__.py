@@ -1,0 +1,7 @@
+"""`python -m megatsp` is the command `megatsp`."""
+
+import sys
+
+from megatsp.cli import main
+
+sys.exit(main())

@@ -1,0 +1,150 @@
+"""The command `megatsp`: what the arguments ask for, in this process or in ranks it starts."""
+
+import argparse
+import os
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import NoReturn
+
+from megatsp import __version__, launcher
+from megatsp.nearest import did_you_mean
+
+USAGE = """\
+usage: megatsp COMMAND [arguments]
+
+  train      train a GPT                         megatsp train --help
+  generate   continue a text with a trained GPT  megatsp generate --help
+
+  --version  print the version
+  --help     print this text
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status; a user's mistake is one message and 2."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        if _join(os.environ):
+            return launcher.run_rank(lambda: _dispatch(arguments))
+        return _dispatch(arguments)
+    except ValueError as error:
+        if not launcher.is_users(error):
+            raise
+        print(f"megatsp: error: {error}", file=sys.stderr)
+        return launcher.USER_ERROR
+    except KeyboardInterrupt:
+        return launcher.INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    commands = {"train": _train, "generate": _generate}
+    name, *rest = arguments or ["--help"]
+    if name in ("--help", "-h"):
+        print(USAGE, end="")
+    elif name == "--version":
+        print(f"megatsp {__version__}")
+    elif name in commands:
+        return commands[name](rest)
+    else:
+        near = did_you_mean(name, commands)
+        raise ValueError(f"unknown command {name}{near} (commands: {', '.join(commands)})")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours, and which takes no abbreviated options."""
+
+    def __init__(self, prog: str, **options: object) -> None:
+        super().__init__(prog=prog, allow_abbrev=False, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help lists what it takes)")
+
+
+def _train(arguments: list[str]) -> int:
+    parser = _Parser("megatsp train", add_help=False)
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--config-dir", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_intermixed_args(arguments)
+    if given.help:
+        from megatsp.help import train_help
+
+        print(train_help(), end="")
+        return 0
+
+    from megatsp.compose import compose, to_yaml
+    from megatsp.validate import validate
+
+    config = compose(given.overrides, given.config_dir)
+    joined = "RANK" in os.environ
+    world_size = int(os.environ["WORLD_SIZE"]) if joined else config.launch.nproc
+    config = validate(config, world_size)
+    if given.dry_run:
+        if not joined or os.environ["RANK"] == "0":
+            from megatsp.training.report import describe
+
+            print(to_yaml(config))
+            print(describe(config, world_size))
+    elif joined:
+        from megatsp.training.run import train
+
+        train(config)
+    else:
+        return _launch(config.launch.nproc, ["train", *arguments])
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    parser = _Parser("megatsp generate", description="Continues a text with the last checkpoint of a run.")
+    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="<output_dir>/<name> of a run")
+    parser.add_argument("--prompt", default="", help="the text to continue (default: none)")
+    parser.add_argument("--tokens", type=int, default=200, help="how many to generate (default: 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of the random choices (default: 1234)")
+    parser.add_argument("--nproc", type=int, default=1, help="local ranks to start (default: 1)")
+    given = parser.parse_args(arguments)
+    if not given.run_folder.is_dir():
+        raise ValueError(f"no run folder {given.run_folder}; give the <output_dir>/<name> of a trained run")
+    for name in ("tokens", "nproc"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name} {getattr(given, name)}: must be at least 1")
+    if not 0 <= given.temperature < float("inf"):
+        raise ValueError(f"--temperature {given.temperature}: must be in [0, inf)")
+    if "RANK" not in os.environ:
+        return _launch(given.nproc, ["generate", *arguments])
+
+    from megatsp.training.generate import main as generate
+
+    generate(given.run_folder, given.prompt, given.tokens, given.temperature, given.seed)
+    return 0
+
+
+def _launch(nproc: int, arguments: list[str]) -> int:
+    return launcher.launch_local(nproc, [sys.executable, "-m", "megatsp", *arguments])
+
+
+def _join(environment: MutableMapping[str, str]) -> bool:
+    """Whether torchrun, srun or our launcher started this process as a rank.
+
+    For a task of srun it sets torchrun's variables; a batch script, which has no step, is no task.
+    """
+    if "RANK" not in environment:
+        if "SLURM_STEP_ID" not in environment or int(environment.get("SLURM_NTASKS", "1")) < 2:
+            return False
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in environment:
+                fix = "export MASTER_ADDR=$(scontrol show hostnames | head -n1) MASTER_PORT=29500 before srun"
+                raise ValueError(f"srun started this rank, but {name} is not set; {fix}")
+        environment["RANK"] = environment["SLURM_PROCID"]
+        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+        environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    if "WORLD_SIZE" not in environment:
+        raise ValueError(
+            "RANK is set but WORLD_SIZE is not; start the ranks by torchrun, srun or launch.nproc"
+        )
+    return True

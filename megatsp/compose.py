@@ -1,0 +1,208 @@
+"""From YAML groups and command-line overrides to the typed configuration, and to YAML and back.
+
+Hydra composes the groups; keys and values are then held against the schema here, so that every
+mistake, in an override or in a file, is named with its full path and the nearest valid one.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatsp.nearest import did_you_mean
+from megatsp.schema import Config
+
+EXPERIMENT = "experiment"  # the one group that is no part of the schema: its files set any key
+
+
+def config_dir() -> Path:
+    """The folder of the YAML groups: inside the package (a wheel), or beside it (a checkout)."""
+    package = Path(__file__).resolve().parent
+    folders = (package / "configs", package.parent / "configs")
+    return next(folder for folder in folders if (folder / "train.yaml").is_file())
+
+
+def group_choices(user_dir: Path | None = None) -> dict[str, list[str]]:
+    """The choices of every configuration group, those of the user's folder included."""
+    roots = [config_dir()] + ([user_dir] if user_dir else [])
+    groups = [folder.name for folder in sorted(config_dir().iterdir()) if folder.is_dir()]
+    return {group: sorted(name for root in roots for name in _names(root / group)) for group in groups}
+
+
+def compose(overrides: list[str], user_dir: Path | None = None) -> Config:
+    """The configuration that train.yaml and the overrides select; not yet validated.
+
+    Args:
+        overrides: Hydra's: `group=choice` or `group.key=value`, the last one wins.
+        user_dir: a folder with groups of the user's own, such as experiment/mine.yaml.
+
+    Raises:
+        ValueError: unreadable override or file, unknown group, choice or key, value of a wrong type.
+    """
+    if user_dir:
+        _check_user_dir(user_dir)
+    choices = group_choices(user_dir)
+    parsed = [_parse(text) for text in overrides]
+    selections = [text for text, item in zip(overrides, parsed, strict=True) if _selects(item, choices)]
+    if user_dir:
+        location = user_dir.resolve().as_posix().replace("\\", "\\\\").replace('"', '\\"')
+        selections.append(f'hydra.searchpath=["file://{location}"]')
+    try:
+        with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+            selected = hydra_compose("train", selections)
+        # The defaults come first, so that ${trainer.seq_length} also finds a key that no file sets.
+        OmegaConf.set_struct(selected, False)
+        tree = OmegaConf.merge(asdict(Config()), selected)
+        for item in parsed:
+            if item.key_or_group not in choices:
+                OmegaConf.update(tree, item.key_or_group, item.value(), merge=True)
+        values = OmegaConf.to_container(tree, resolve=True)
+    except MissingConfigException as error:
+        wanted = Path(error.missing_cfg_file or "")
+        near = did_you_mean(wanted.name, error.options or ())
+        raise ValueError(f"no configuration file {wanted}{near}\n{error}") from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"cannot compose the configuration: {error}") from error
+    assert isinstance(values, dict)
+    return _to_config(values)
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML, in the schema's order; `from_yaml` gives it back."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def from_yaml(text: str) -> Config:
+    """The configuration that `to_yaml` wrote; builds no objects but numbers, strings and mappings.
+
+    Raises:
+        ValueError: not YAML, an unknown key, a value of a wrong type.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"not a configuration in YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError("not a configuration: expected a YAML mapping of groups")
+    return _to_config(values)
+
+
+@functools.cache
+def key_paths(node: type = Config, path: str = "") -> tuple[str, ...]:
+    """The dotted path of every key and of every group of keys."""
+    found: list[str] = []
+    for name, kind in get_type_hints(node).items():
+        found.append(path + name)
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            found += key_paths(kind, f"{path}{name}.")
+    return tuple(found)
+
+
+def _names(folder: Path) -> list[str]:
+    """The choices in one group's folder; those in subfolders as `folder/name`."""
+    return [file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")]
+
+
+def _check_user_dir(user_dir: Path) -> None:
+    """Hydra ignores what it does not find, and takes the first of two files of one name: refuse both."""
+    groups = list(group_choices())
+    present = [group for group in groups if _names(user_dir / group)]
+    if not present:
+        raise ValueError(
+            f"--config-dir {user_dir}: no group in it; give e.g. {user_dir}/{EXPERIMENT}/mine.yaml"
+        )
+    for group in present:
+        if twice := sorted({*_names(user_dir / group)} & {*_names(config_dir() / group)}):
+            raise ValueError(
+                f"--config-dir {user_dir}: {group}/{twice[0]}.yaml exists in megatsp too; rename it"
+            )
+
+
+def _parse(text: str) -> Override:
+    try:
+        item = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot read the override {text!r}: {reason}; write group.key=value") from error
+    if item.type is OverrideType.DEL or item.package is not None or not item.key_or_group:
+        raise ValueError(f"cannot read the override {text!r}: write group=choice or group.key=value")
+    if item.is_sweep_override():
+        raise ValueError(
+            f"the override {text!r} gives several values; give one, or quote the text: key='\"a,b\"'"
+        )
+    return item
+
+
+def _selects(item: Override, choices: Mapping[str, list[str]]) -> bool:
+    """Whether an override selects a group's choice, rather than sets a key's value; either must exist."""
+    key = item.key_or_group
+    if key in choices:
+        value = item.value()
+        if value not in choices[key]:
+            allowed = ", ".join(choices[key])
+            near = did_you_mean(str(value), choices[key])
+            raise ValueError(f"unknown choice {key}={_shown(value)}{near} (choices of {key}: {allowed})")
+        return True
+    if key not in key_paths():
+        raise ValueError(f"unknown key {key}{did_you_mean(key, [*key_paths(), *choices])}")
+    return False
+
+
+def _to_config(values: Mapping[Any, Any]) -> Config:
+    errors: list[str] = []
+    config = _build(Config, values, "", errors)
+    if errors:
+        raise ValueError("\n".join(errors))
+    assert isinstance(config, Config)
+    return config
+
+
+def _build(kind: type, values: Any, path: str, errors: list[str]) -> Any:
+    """`kind` from a mapping; a key that is absent keeps the schema's default."""
+    if not isinstance(values, Mapping):
+        errors.append(f"{path.rstrip('.')}={_shown(values)}: expected a mapping of keys")
+        return kind()
+    hints = get_type_hints(kind)
+    for name in values:
+        if name not in hints:
+            errors.append(f"unknown key {path}{name}{did_you_mean(f'{path}{name}', key_paths())}")
+    built: dict[str, Any] = {}
+    for item in fields(kind):
+        if item.name not in values:
+            continue
+        value, hint = values[item.name], hints[item.name]
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            built[item.name] = _build(hint, value, f"{path}{item.name}.", errors)
+        elif type(value) is hint or (hint is float and type(value) is int):
+            built[item.name] = hint(value)
+        else:
+            errors.append(f"{path}{item.name}={_shown(value)}: {_wanted(hint, value)}")
+    return kind(**built)
+
+
+def _wanted(hint: type, value: Any) -> str:
+    """What a key of type `hint` takes, given that it got `value`."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    quote = f"; quote it: '\"{_shown(value)}\"'" if hint is str and isinstance(value, (int, float)) else ""
+    return f"expected {names[hint]}, got {_type_name(value)}{quote}"
+
+
+def _type_name(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _shown(value: Any) -> str:
+    """A value as a user writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

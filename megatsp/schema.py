@@ -1,0 +1,179 @@
+"""The configuration: one frozen dataclass a group, every key with its meaning and unit.
+
+Names follow Megatron-LM's arguments where it has one. The YAML files in configs/
+only select values; what a key means, and which values it may take, is said here.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(default: Any, text: str, unit: str = "", choices: tuple[str, ...] = (), within: str = "") -> Any:
+    """A documented configuration key: its default, meaning, unit and allowed values.
+
+    `within` is an interval such as "[1, inf)" or "(0, 1)"; [ ] include the end, ( ) exclude it.
+    """
+    return field(default=default, metadata={"help": text, "unit": unit, "choices": choices, "within": within})
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    type: str = key(
+        "none", "how rotary frequencies are rescaled for long context", choices=("none", "linear", "llama3")
+    )
+    factor: float = key(1.0, "context extension factor", within="[1, inf)")
+    low_freq_factor: float = key(
+        1.0, "llama3: wavelengths above original/low_freq_factor are divided by factor", within="(0, inf)"
+    )
+    high_freq_factor: float = key(
+        4.0, "llama3: wavelengths below original/high_freq_factor are kept", within="(0, inf)"
+    )
+    original_max_position_embeddings: int = key(
+        8192, "llama3: context length before the extension", "tokens", within="[1, inf)"
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    num_layers: int = key(4, "decoder layers", within="[1, inf)")
+    hidden_size: int = key(128, "residual width h", within="[1, inf)")
+    ffn_hidden_size: int = key(384, "width of the gated MLP", within="[1, inf)")
+    num_attention_heads: int = key(4, "query heads H", within="[1, inf)")
+    num_query_groups: int = key(2, "key/value heads K; must divide num_attention_heads", within="[1, inf)")
+    kv_channels: int = key(32, "width d of one head", within="[1, inf)")
+    vocab_size: int = key(
+        257, "rows of the embedding; at least the tokenizer's size", "tokens", within="[1, inf)"
+    )
+    rotary_base: float = key(10000.0, "base of the rotary frequencies", within="(0, inf)")
+    rotary_scaling: RotaryScaling = field(
+        default_factory=RotaryScaling, metadata={"help": "rescaling of the rotary frequencies"}
+    )
+    norm_epsilon: float = key(1e-5, "added to the mean square in RMSNorm", within="(0, inf)")
+    add_qkv_bias: bool = key(False, "biases on the query, key and value projections (Qwen2)")
+    qk_layernorm: bool = key(False, "RMSNorm on each query and key head (Qwen3)")
+    untie_embeddings_and_output_weights: bool = key(False, "give the output head a matrix of its own")
+    init_method_std: float = key(0.02, "standard deviation of the initial weights", within="(0, inf)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = key(
+        "outputs/data/python_stdlib/byte", "prefix of the .bin/.idx pair with the tokenised documents"
+    )
+    tokenizer: str = key("byte", "'byte', or the path of a tokenizer.json")
+    valid_fraction: float = key(0.05, "share of the documents held out for validation", within="(0, 1)")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tsp: int = key(1, "ranks D of the folded tensor and sequence axis", "ranks", within="[1, inf)")
+    tsp_layout: str = key("hidden", "which slice of a weight a rank holds", choices=("hidden", "owner"))
+    attention_buckets: int = key(
+        0, "buckets an attention layer is streamed in; 0 chooses", "buckets", within="[0, inf)"
+    )
+    mlp_buckets: int = key(0, "buckets an MLP is streamed in; 0 chooses", "buckets", within="[0, inf)")
+    head_buckets: int = key(
+        0, "buckets the vocabulary head is streamed in; 0 chooses", "buckets", within="[0, inf)"
+    )
+    kv_exchange: str = key(
+        "allgather", "how keys and values cross the sequence", choices=("allgather", "ring")
+    )
+    dp_shard: int = key(
+        -1, "FSDP ranks; -1: what the other axes leave of the world", "ranks", within="[-1, inf)"
+    )
+    dp_replicate: int = key(1, "replicas of the sharded model (HSDP)", "ranks", within="[1, inf)")
+    tp: int = key(1, "tensor-parallel ranks; only 1 in this version", "ranks", within="[1, inf)")
+    cp: int = key(1, "context-parallel ranks; only 1 in this version", "ranks", within="[1, inf)")
+    pp: int = key(1, "pipeline stages; only 1 in this version", "ranks", within="[1, inf)")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = key("adamw", "which optimizer", choices=("adamw", "apex_fused_adam"))
+    lr: float = key(3e-4, "peak learning rate", within="(0, inf)")
+    weight_decay: float = key(
+        0.1, "decoupled weight decay of matrices (norm gains and biases have none)", within="[0, inf)"
+    )
+    adam_beta1: float = key(0.9, "decay of the first moment", within="[0, 1)")
+    adam_beta2: float = key(0.95, "decay of the second moment", within="[0, 1)")
+    adam_eps: float = key(1e-8, "added to the root of the second moment", within="(0, inf)")
+    clip_grad: float = key(1.0, "largest global gradient norm; 0 does not clip", within="[0, inf)")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    lr_decay_style: str = key(
+        "cosine", "shape of the decay after warm-up", choices=("cosine", "linear", "WSD", "constant")
+    )
+    min_lr: float = key(3e-5, "learning rate at the end of the decay", within="[0, inf)")
+    lr_warmup_iters: int = key(0, "iterations of linear warm-up from 0", "iterations", within="[0, inf)")
+    lr_decay_iters: int = key(
+        0, "iteration at which the decay ends; 0: train_iters", "iterations", within="[0, inf)"
+    )
+    lr_wsd_decay_iters: int = key(0, "WSD: length of the final decay", "iterations", within="[0, inf)")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    seq_length: int = key(256, "tokens T of one sample", "tokens", within="[1, inf)")
+    micro_batch_size: int = key(
+        4, "samples a data-parallel rank computes at once", "samples", within="[1, inf)"
+    )
+    global_batch_size: int = key(
+        8, "samples of one optimizer step over all ranks", "samples", within="[1, inf)"
+    )
+    train_iters: int = key(100, "optimizer steps", "iterations", within="[1, inf)")
+    eval_interval: int = key(
+        50, "evaluate every so many iterations; 0: only at the end", "iterations", within="[0, inf)"
+    )
+    eval_iters: int = key(4, "global batches of one evaluation", "batches", within="[1, inf)")
+    dtype: str = key("fp32", "compute type; master weights are always fp32", choices=("fp32", "bf16"))
+    recompute_granularity: str = key(
+        "none", "what the backward computes again", choices=("none", "selective", "full")
+    )
+    seed: int = key(1234, "of initial weights and of the order of samples", within="[0, inf)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save_interval: int = key(
+        100, "save every so many iterations; 0: only at the end", "iterations", within="[0, inf)"
+    )
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    log_interval: int = key(10, "log every so many iterations", "iterations", within="[1, inf)")
+    wandb: str = key(
+        "auto",
+        "Weights & Biases; auto: online where an API key is set, offline otherwise",
+        choices=("auto", "online", "offline", "disabled"),
+    )
+    wandb_project: str = key("megatsp", "W&B project")
+    wandb_entity: str = key("", "W&B user or team; empty: the key's default")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    nproc: int = key(
+        1, "local ranks that `megatsp train` starts when no launcher did", "processes", within="[1, inf)"
+    )
+    device: str = key(
+        "auto", "where to compute; auto: a GPU if there is one", choices=("auto", "cpu", "cuda")
+    )
+    timeout_s: int = key(600, "longest wait for another rank in a collective", "seconds", within="[1, inf)")
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = key("run", "name of the run and of its folder")
+    output_dir: str = key("outputs", "parent folder of all runs")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -1,0 +1,1 @@
+"""Training: the loop (run), and one file each for what it uses."""

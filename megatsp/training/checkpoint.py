@@ -1,0 +1,151 @@
+"""Saving and loading by torch's distributed checkpoint, as safetensors: nothing is ever unpickled.
+
+    checkpoints/iter_0000100/           written under a temporary name, renamed when whole
+        shard-*.safetensors             each rank's part of every tensor, with its place in the whole
+        state.json                      iteration, consumed samples and tokens, W&B run id
+        config.yaml, tokenizer.json     what the run was started with
+    checkpoints/latest_checkpointed_iteration.txt
+
+Tensors are logical: weights under their Hugging Face names and `optimizer.<moment>.<name>`. Any
+mesh loads what any other saved.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands, beside its tensors."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    wandb_run_id: str = ""
+
+
+def folder_of(checkpoints: Path, iteration: int) -> Path:
+    return checkpoints / f"iter_{iteration:07d}"
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest checkpoint of a run, or None if it has none.
+
+    Raises:
+        ValueError: the pointer names a checkpoint that is not there.
+    """
+    pointer = checkpoints / LATEST
+    if not pointer.exists():
+        return None
+    text = pointer.read_text().strip()
+    folder = folder_of(checkpoints, int(text)) if text.isdigit() else None
+    if folder is None or not (folder / "state.json").exists():
+        raise ValueError(
+            f"{pointer} says {text!r}, but there is no such checkpoint beside it: write the number of one "
+            f"that exists into it ({', '.join(sorted(p.name for p in checkpoints.glob('iter_*'))) or 'none'})"
+        )
+    return folder
+
+
+def save(
+    checkpoints: Path, state: RunState, model: nn.Module, tensors: dict[str, Tensor], texts: dict[str, str]
+) -> Path:
+    """Writes one checkpoint on all ranks and moves the pointer to it last.
+
+    tensors: beside the model's own, under names that do not collide. texts: small files by name.
+    """
+    folder = folder_of(checkpoints, state.iteration)
+    temporary = folder.with_name(folder.name + ".tmp")
+    is_first = dist.get_rank() == 0
+    if is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    with _expected_warnings():
+        dcp.save(
+            _all_tensors(model, tensors),
+            storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+        )
+    if is_first:
+        for name, text in {**texts, "state.json": json.dumps(asdict(state), indent=2) + "\n"}.items():
+            (temporary / name).write_text(text)
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # a run that was resumed before this iteration
+        temporary.rename(folder)
+        replace_text(checkpoints / LATEST, f"{state.iteration}\n")
+    dist.barrier()
+    return folder
+
+
+def load(folder: Path, model: nn.Module, tensors: dict[str, Tensor]) -> RunState:
+    """Fills the model and `tensors` in place, on all ranks, from any mesh's checkpoint.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor, or has one of another shape.
+    """
+    wanted = _all_tensors(model, tensors)
+    reader = HuggingFaceStorageReader(str(folder))
+    with _expected_warnings():
+        found = reader.read_metadata().state_dict_metadata
+        shapes = {name: getattr(found.get(name), "size", None) for name in wanted}
+        wrong = [
+            f"{name}: wanted {tuple(tensor.shape)}, found {tuple(size) if size is not None else 'nothing'}"
+            for name, tensor in wanted.items()
+            if (size := shapes[name]) is None or tuple(size) != tuple(tensor.shape)
+        ]
+        if wrong:
+            raise ValueError(
+                f"{folder} does not fit this model; {len(wrong)} tensors differ: " + "; ".join(wrong[:8])
+            )
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> RunState:
+    return RunState(**json.loads((folder / "state.json").read_text()))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file so that it is never half there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _all_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert not weights.keys() & tensors.keys()
+    return {**weights, **tensors}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _expected_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # One rank alone saves without collectives; torch says so each time.
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+        yield

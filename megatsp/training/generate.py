@@ -1,0 +1,102 @@
+"""Continues a text with a trained model, on the tsp axis it is given.
+
+There is no key/value cache: every token costs a forward pass over the text so far, at most the
+length that the model was trained at.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatsp.axes import Axes, choose_device, join
+from megatsp.compose import from_yaml
+from megatsp.data.tokenizer import Tokenizer, load_tokenizer
+from megatsp.model.gpt import GPT, local
+from megatsp.model.parallelize import build_model
+from megatsp.schema import ParallelConfig
+from megatsp.training import checkpoint
+from megatsp.tsp.norm import rms_norm
+from megatsp.tsp.partition import local_positions, take_local
+from megatsp.validate import validate
+
+
+def main(run_folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Prints the prompt and its continuation by the run's last checkpoint; on all ranks of a tsp group.
+
+    Raises:
+        ValueError: the folder holds no checkpoint, or its model does not split over these ranks.
+    """
+    found = checkpoint.latest(run_folder / "checkpoints")
+    if found is None:
+        raise ValueError(f"{run_folder} has no checkpoint: train it first, or give another run's folder")
+    config = from_yaml((found / "config.yaml").read_text())
+    device = choose_device(config.launch.device)
+    join(device, config.launch.timeout_s)
+    try:
+        parallel = ParallelConfig(tsp=dist.get_world_size())
+        config = validate(replace(config, parallel=parallel), dist.get_world_size())
+        axes = Axes.build(config.parallel, device)
+        gpt = build_model(config, axes)
+        checkpoint.load(found, gpt, {})
+        stored = found / "tokenizer.json"
+        tokenizer = load_tokenizer(str(stored) if stored.exists() else config.data.tokenizer)
+        text = generate(gpt, axes, tokenizer, prompt, tokens, temperature, seed, config.trainer.seq_length)
+        if dist.get_rank() == 0:
+            print(text, flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
+def generate(
+    gpt: GPT,
+    axes: Axes,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    context: int,
+) -> str:
+    """The prompt and up to `tokens` more tokens, sampled at `temperature` (0: the likeliest), to the first eod.
+
+    context: most tokens that the model looks back on. The seed decides, not the size of the mesh.
+    """
+    ids = tokenizer.encode(prompt) or [tokenizer.eod]
+    start = len(ids)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(tokens):
+        logits = next_token_logits(gpt, axes, ids[-context:]).cpu()
+        if temperature == 0:
+            token = logits.argmax()
+        else:
+            token = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)[0]
+        token = token.to(axes.device)
+        dist.broadcast(token, src=0)  # one choice, should logits differ in a last bit
+        if token.item() == tokenizer.eod:
+            break
+        ids.append(int(token.item()))
+    return prompt + tokenizer.decode(ids[start:])
+
+
+@torch.no_grad()
+def next_token_logits(gpt: GPT, axes: Axes, ids: list[int]) -> Tensor:
+    """Logits of the token after `ids`: fp32 [V], the same on all ranks.
+
+    The sequence is padded to a multiple of 2D; what follows a token cannot change it.
+    """
+    comm, count = axes.tsp, len(ids)
+    length = -(-count // (2 * comm.size)) * 2 * comm.size
+    padded = torch.tensor([ids + [0] * (length - count)], device=axes.device)
+    x = gpt(take_local(padded, comm.rank, comm.size))
+    is_last = local_positions(length, comm.rank, comm.size, axes.device) == count - 1
+    last = comm.all_reduce((x[0] * is_last[:, None]).sum(0), "generate").wait()
+    gain = gpt.engine.head.small.gains([local(gpt.model.norm.weight)])[0]
+    normed = rms_norm(last, gain, gpt.config.norm_epsilon).float()
+    # Each rank has its columns of the head: partial logits, summed over the group.
+    weight = local(gpt.head_weight).float()
+    mine = normed.chunk(comm.size)[comm.rank]
+    return comm.all_reduce(weight @ mine, "generate").wait()

@@ -1,0 +1,148 @@
+"""What a run reports: metrics.jsonl, Weights & Biases, Megatron's iteration line, a progress bar.
+
+metrics.jsonl is the source of truth: one object a line, flushed line by line. W&B gets the same
+numbers under the same names, with an explicit step.
+"""
+
+import json
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatsp.schema import Config
+from megatsp.training.checkpoint import replace_text
+
+Metrics = Mapping[str, float | int | None]
+
+
+class Reporter:
+    """Reports for rank 0; on the others every method does nothing.
+
+    Entries after `iteration`, of a run that went further than its last checkpoint, are taken
+    out of metrics.jsonl: the run will write them again.
+    """
+
+    def __init__(self, config: Config, folder: Path, iteration: int, wandb_run_id: str, active: bool) -> None:
+        self._active, self._total = active, config.trainer.train_iters
+        self.wandb_run_id = wandb_run_id
+        self._run: Any = None
+        if not active:
+            return
+        path = folder / "metrics.jsonl"
+        _drop_after(path, iteration)
+        self._file = path.open("a", buffering=1)
+        self._start_wandb(config, folder)
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=self._total, initial=iteration, unit="it", disable=not on_terminal)
+
+    def _start_wandb(self, config: Config, folder: Path) -> None:
+        mode = wandb_mode(config.logging.wandb)
+        if mode == "disabled":
+            return
+        import wandb
+
+        self.wandb_run_id = self.wandb_run_id or secrets.token_hex(4)
+        logging.getLogger("wandb").setLevel(logging.ERROR)
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            entity=config.logging.wandb_entity or None,
+            name=config.name,
+            id=self.wandb_run_id,
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+            dir=folder,
+            config=asdict(config),
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, iteration: int, metrics: Metrics) -> None:
+        """One line of metrics.jsonl, and the same to W&B."""
+        if not self._active:
+            return
+        entry = {"iteration": iteration, **metrics}
+        self._file.write(json.dumps(entry) + "\n")
+        if self._run is not None:
+            self._run.log({k: v for k, v in entry.items() if v is not None}, step=iteration)
+
+    def say(self, text: str) -> None:
+        """A line on the console, above the progress bar if there is one."""
+        if self._active:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def advance(self) -> None:
+        if self._active:
+            self._bar.update()
+
+    def close(self) -> None:
+        if not self._active:
+            return
+        self._bar.close()
+        self._file.close()
+        if self._run is not None:
+            self._run.finish()
+
+
+def wandb_mode(wanted: str) -> str:
+    """online, offline or disabled: what is set, then WANDB_MODE, then whether there is an API key."""
+    if wanted != "auto":
+        return wanted
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    try:
+        known = netrc(os.environ.get("NETRC")).hosts
+    except (OSError, NetrcParseError):
+        known = {}
+    return "online" if any("wandb" in host for host in known) else "offline"
+
+
+def iteration_line(iteration: int, total: int, global_batch_size: int, metrics: Metrics) -> str:
+    """Megatron's line of one logged iteration."""
+    fields = [
+        f" iteration {iteration:8d}/{total:8d}",
+        f"consumed samples: {metrics['consumed-samples']:12d}",
+        f"elapsed time per iteration (ms): {metrics['iteration-time-ms']:.1f}",
+        f"tokens/s/gpu: {metrics['tokens/s/gpu']:.0f}",
+        f"throughput per GPU (TFLOP/s/GPU): {metrics['tflops/gpu']:.3f}",
+        f"learning rate: {metrics['learning-rate']:.6E}",
+        f"global batch size: {global_batch_size:5d}",
+        f"lm loss: {metrics['lm loss']:.6E}",
+        f"grad norm: {metrics['grad-norm']:.3f}",
+    ]
+    return " | ".join(fields) + " |"
+
+
+def evaluation_line(iteration: int, metrics: Metrics) -> str:
+    """The same for an evaluation."""
+    return (
+        f" validation loss at iteration {iteration} | lm loss: {metrics['val/lm loss']:.6E} | "
+        f"bits per byte: {metrics['val/bits-per-byte']:.4f}"
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; a last line that was cut off is left out."""
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+def _drop_after(path: Path, iteration: int) -> None:
+    if not path.exists():
+        return
+    kept = [entry for entry in read_metrics(path) if entry["iteration"] <= iteration]
+    replace_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))

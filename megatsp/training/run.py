@@ -1,0 +1,333 @@
+"""The training run, read top to bottom: set up, step, evaluate, log, save, sum up."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatsp.axes import Axes, choose_device, join
+from megatsp.compose import to_yaml
+from megatsp.data.dataset import GPTDataset, Sampler, load_batch, rank_slices
+from megatsp.data.tokenizer import Tokenizer, load_tokenizer
+from megatsp.model.gpt import GPT
+from megatsp.model.parallelize import build_model
+from megatsp.schema import Config
+from megatsp.training import checkpoint
+from megatsp.training.checkpoint import RunState
+from megatsp.training.flops import flops_per_token, peak_tflops
+from megatsp.training.folder import find_checkpoint, run_folder
+from megatsp.training.logs import Reporter, evaluation_line, iteration_line, read_metrics
+from megatsp.training.memory import peak_memory_gib
+from megatsp.training.optimizer import AdamW, clip_gradients
+from megatsp.training.plot import plot_loss
+from megatsp.training.schedule import learning_rate
+from megatsp.tsp.partition import take_local
+from megatsp.validate import validate
+
+
+def train(config: Config) -> None:
+    """Trains on this rank, of the ranks that a launcher started; all call it with the same config.
+
+    A run that has a checkpoint goes on from it. SIGINT ends it after the current step, saved.
+
+    Raises:
+        ValueError: the configuration, the data or the run's folder cannot be used, or the loss is
+            not finite.
+    """
+    device = choose_device(config.launch.device)
+    join(device, config.launch.timeout_s)
+    try:
+        config = validate(config, dist.get_world_size())
+        with _interrupts() as interrupted:
+            Training(config, device).run(interrupted)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass
+class StepResult:
+    """One optimizer step, as all ranks know it."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    interrupted: bool
+
+
+class Training:
+    """One run on this rank. Everything that can be refused is refused before a file is written."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config = config
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.train_data, self.valid_data = load_data(config, self.tokenizer)
+        self.bytes_per_token = torch.from_numpy(self.tokenizer.bytes_per_token()).to(device)
+        self.sampler = Sampler(config.trainer.seed, len(self.train_data))
+        self.folder = run_folder(config)
+        resumed_from = find_checkpoint(config)
+        dist.barrier()  # every rank has looked before one writes
+        self.axes = Axes.build(config.parallel, device)
+        self.gpt: GPT = build_model(config, self.axes)
+        self.optimizer = AdamW(self.gpt, config.optimizer)
+        self.state = RunState()
+        self.saved_at = 0
+        if resumed_from is not None:
+            self.state = checkpoint.load(resumed_from, self.gpt, self.optimizer.tensors())
+            self.optimizer.loaded(self.state.iteration)
+            self.saved_at = self.state.iteration
+        self.is_first = dist.get_rank() == 0
+
+    def run(self, interrupted: list[int]) -> None:
+        """Trains to train_iters, or to the step in which some rank was interrupted."""
+        settings, start = self.config.trainer, self.state.iteration
+        if start >= settings.train_iters:
+            if self.is_first:
+                print(
+                    f"{self.folder} is at iteration {start} of {settings.train_iters}: raise trainer.train_iters"
+                )
+            return
+        self._open_folder()
+        reporter = Reporter(self.config, self.folder, start, self.state.wandb_run_id, self.is_first)
+        self.state = replace(self.state, wandb_run_id=_from_first(reporter.wandb_run_id))
+        reporter.say(self._greeting(start))
+        interval = Interval(self.config, self.axes)
+        due = lambda every, i: i == settings.train_iters or (every > 0 and i % every == 0)  # noqa: E731
+        try:
+            for iteration in range(start + 1, settings.train_iters + 1):
+                result = self.step(iteration, bool(interrupted))
+                interval.add(result)
+                reporter.advance()
+                if due(self.config.logging.log_interval, iteration) or result.interrupted:
+                    metrics = interval.take(self.state)
+                    reporter.log(iteration, metrics)
+                    reporter.say(
+                        iteration_line(iteration, settings.train_iters, settings.global_batch_size, metrics)
+                    )
+                if due(settings.eval_interval, iteration):
+                    evaluation = self.evaluate()
+                    reporter.log(iteration, {"consumed-tokens": self.state.consumed_tokens, **evaluation})
+                    reporter.say(evaluation_line(iteration, evaluation))
+                if due(self.config.checkpoint.save_interval, iteration) or result.interrupted:
+                    reporter.say(f" saved {self.save()}")
+                interval.restart()
+                if result.interrupted:
+                    reporter.say(
+                        f" interrupted: stopped after iteration {iteration}; the same command resumes"
+                    )
+                    break
+        finally:
+            reporter.close()
+        if self.is_first:
+            self._sum_up()
+
+    def step(self, iteration: int, interrupted: bool) -> StepResult:
+        """One optimizer step on the next global batch.
+
+        Raises:
+            ValueError: loss or gradient norm is not finite; nothing was updated.
+        """
+        config = self.config
+        indices = self.sampler.indices(self.state.consumed_samples, config.trainer.global_batch_size)
+        slices = rank_slices(indices, config.trainer.micro_batch_size, self.axes.dp_rank, self.axes.dp_size)
+        batches = [self._local_batch(self.train_data, chosen) for chosen in slices]
+        # All ranks: how many tokens carry loss, so that each token weighs the same; who was interrupted.
+        shared = torch.tensor([float(sum(mask.sum() for *_, mask in batches)), float(interrupted)])
+        shared = _sum_over_ranks(shared.to(self.axes.device))
+        losses = []
+        for batch in batches:
+            token_losses = self.gpt(*batch)
+            (token_losses.sum() / shared[0]).backward()
+            losses.append(token_losses.detach().sum(1))
+        loss = (_sum_over_ranks(torch.stack(losses).sum()) / shared[0]).item()
+        norm = clip_gradients(self.gpt, config.optimizer.clip_grad).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(self._blame(iteration, loss, norm, indices, slices, losses))
+        lr = learning_rate(iteration, config.optimizer, config.scheduler)
+        self.optimizer.step(lr)
+        self.state = replace(
+            self.state,
+            iteration=iteration,
+            consumed_samples=self.state.consumed_samples + len(indices),
+            consumed_tokens=self.state.consumed_tokens + len(indices) * config.trainer.seq_length,
+        )
+        tokens = len(indices) * config.trainer.seq_length
+        return StepResult(loss, norm, lr, tokens, shared[1].item() > 0)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Validation loss (nats per token) and bits per byte over the first eval_iters global batches."""
+        settings = self.config.trainer
+        count = min(settings.eval_iters * settings.global_batch_size, len(self.valid_data))
+        total = torch.zeros(3, dtype=torch.float64, device=self.axes.device)  # nats, tokens, bytes
+        for start in range(0, count, settings.global_batch_size):
+            indices = np.arange(start, start + settings.global_batch_size)
+            slices = rank_slices(indices, settings.micro_batch_size, self.axes.dp_rank, self.axes.dp_size)
+            for chosen in slices:
+                # Past the end a sample is repeated without weight: every rank takes part in every batch.
+                ids, labels, mask = self._local_batch(self.valid_data, np.minimum(chosen, count - 1))
+                mask *= torch.from_numpy(chosen < count).to(mask)[:, None]
+                total += torch.stack(
+                    [
+                        self.gpt(ids, labels, mask).sum(dtype=torch.float64),
+                        mask.sum(dtype=torch.float64),
+                        (self.bytes_per_token[labels] * mask).sum(dtype=torch.float64),
+                    ]
+                )
+        nats, tokens, num_bytes = _sum_over_ranks(total).tolist()
+        return {"val/lm loss": nats / tokens, "val/bits-per-byte": nats / math.log(2) / num_bytes}
+
+    def save(self) -> Path:
+        """Saves weights, moments and the cursor; on all ranks."""
+        texts = {"config.yaml": to_yaml(self.config)}
+        if self.config.data.tokenizer != "byte":
+            source = Path(self.config.data.tokenizer)
+            texts["tokenizer.json"] = (source / "tokenizer.json" if source.is_dir() else source).read_text()
+        self.saved_at = self.state.iteration
+        return checkpoint.save(
+            self.folder / "checkpoints", self.state, self.gpt, self.optimizer.tensors(), texts
+        )
+
+    def _local_batch(self, data: GPTDataset, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's zigzag share of the samples: ids, labels, mask [B, T/D]."""
+        ids, labels, mask = (
+            take_local(t, self.axes.tsp.rank, self.axes.tsp.size).to(self.axes.device)
+            for t in load_batch(data, indices)
+        )
+        return ids, labels, mask
+
+    def _open_folder(self) -> None:
+        if self.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.replace_text(self.folder / "config.yaml", to_yaml(self.config))
+        dist.barrier()
+
+    def _greeting(self, start: int) -> str:
+        shape = dict(zip(self.axes.mesh.mesh_dim_names or (), self.axes.mesh.shape, strict=True))
+        parameters = sum(p.numel() for p in self.gpt.parameters())
+        mesh = " x ".join(f"{name} {size}" for name, size in shape.items())
+        begun = f"resumed after iteration {start}" if start else "new run"
+        return f"{self.folder}: {begun}; {parameters:,} parameters on {mesh} ({self.axes.device.type})"
+
+    def _blame(
+        self,
+        iteration: int,
+        loss: float,
+        norm: float,
+        indices: np.ndarray,
+        slices: list[np.ndarray],
+        losses: list[Tensor],
+    ) -> str:
+        """What to say of a loss that is not finite: the iteration and the batch's documents."""
+        finite = {
+            int(sample): bool(sample_loss.isfinite())
+            for chosen, sample_losses in zip(slices, losses, strict=True)
+            for sample, sample_loss in zip(chosen, sample_losses, strict=True)
+        }
+        everywhere: list[dict[int, bool]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everywhere, finite)
+        bad = [int(s) for s in indices if not all(known.get(int(s), True) for known in everywhere)]
+        names = list(dict.fromkeys(n for s in bad or indices for n in self.train_data.documents(int(s))))
+        return (
+            f"iteration {iteration}: loss {loss}, gradient norm {norm}; nothing was updated.\n"
+            f"Documents of {'the samples whose loss is not finite' if bad else 'the batch'}: "
+            f"{', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}.\n"
+            f"Look at them, lower optimizer.lr or set optimizer.clip_grad; the last checkpoint is of "
+            f"iteration {self.saved_at}" + ("" if self.saved_at else ", that is none")
+        )
+
+    def _sum_up(self) -> None:
+        entries = read_metrics(self.folder / "metrics.jsonl")
+        plot_loss(entries, self.folder / "loss.png", f"{self.config.name}, iteration {self.state.iteration}")
+        print(f" checkpoint: {checkpoint.folder_of(self.folder / 'checkpoints', self.saved_at)}")
+        print(
+            f" metrics:    {self.folder / 'metrics.jsonl'}\n plot:       {self.folder / 'loss.png'}",
+            flush=True,
+        )
+
+
+class Interval:
+    """The metrics of the iterations since the last log line. Evaluation and saving are not in its time."""
+
+    def __init__(self, config: Config, axes: Axes) -> None:
+        self._flops = flops_per_token(config.model, config.trainer.seq_length)
+        self._peak, self._axes = peak_tflops(axes.device), axes
+        self._results: list[StepResult] = []
+        self._seconds, self._moved = 0.0, 0
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.perf_counter()
+
+    def add(self, result: StepResult) -> None:
+        self._results.append(result)
+        self._seconds += time.perf_counter() - self._since
+
+    def take(self, state: RunState) -> dict[str, float | int | None]:
+        """Losses and times are means over the interval, the rest is of its last iteration."""
+        results, traffic = self._results, self._axes.tsp.traffic
+        moved = sum(traffic.bytes.values())
+        rate = sum(r.tokens for r in results) / self._seconds / dist.get_world_size()
+        tflops = rate * self._flops / 1e12
+        metrics: dict[str, float | int | None] = {
+            "consumed-samples": state.consumed_samples,
+            "consumed-tokens": state.consumed_tokens,
+            "lm loss": sum(r.loss for r in results) / len(results),
+            "grad-norm": results[-1].grad_norm,
+            "learning-rate": results[-1].learning_rate,
+            "iteration-time-ms": 1e3 * self._seconds / len(results),
+            "tokens/s/gpu": rate,
+            "tflops/gpu": tflops,
+            "mfu": tflops / self._peak if self._peak else None,
+            "memory/peak-gib": peak_memory_gib(self._axes.device),
+            "comm/exposed-ms": traffic.take_exposed_ms() / len(results),
+            "comm/bytes": (moved - self._moved) // len(results),
+        }
+        self._results, self._seconds, self._moved = [], 0.0, moved
+        return metrics
+
+
+def load_data(config: Config, tokenizer: Tokenizer) -> tuple[GPTDataset, GPTDataset]:
+    """The training and the validation split, checked against the model's vocabulary."""
+    data, trainer = config.data, config.trainer
+    train_data, valid_data = (
+        GPTDataset(data.path, split, trainer.seq_length, tokenizer, data.valid_fraction, trainer.seed)
+        for split in ("train", "valid")
+    )
+    train_data.check_vocabulary(config.model.vocab_size)
+    return train_data, valid_data
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that SIGINT is put into, instead of stopping this process."""
+    seen: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        seen.append(signum)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def _from_first(text: str) -> str:
+    box = [text]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,199 @@
+"""Local ranks end together: with success, with the failing rank's error, on Ctrl-C, or with the launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LAUNCHER = """
+import sys
+from megatsp.launcher import launch_local
+sys.exit(launch_local(int(sys.argv[1]), [sys.executable, *sys.argv[2:]]))
+"""
+
+# A rank: writes its pid into the folder given, then does what MODE says.
+RANK = """
+import os, pathlib, signal, sys, time
+from megatsp.launcher import run_rank
+from megatsp.schema import Config
+from megatsp.validate import validate
+
+mode, folder, rank = sys.argv[1], pathlib.Path(sys.argv[2]), int(os.environ["RANK"])
+
+def work():
+    asked = []
+    if mode == "graceful":
+        signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+    (folder / f"ready{rank}").write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
+    if mode == "success":
+        return 0
+    while rank == 1 and mode != "graceful":
+        if mode == "exception":
+            raise RuntimeError("broken on purpose")
+        if mode == "status":
+            sys.exit(7)
+        if mode == "mistake":
+            validate(Config(name="a/b"), world_size=1)
+        if mode == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.05)
+    while not asked:
+        time.sleep(0.05)
+    time.sleep(1)  # the step that is finished first
+    (folder / f"saved{rank}").write_text(str(len(asked)))
+    return 0
+
+sys.exit(run_rank(work))
+"""
+
+
+class Job:
+    """A launcher with two ranks, in a session of its own like a command on a terminal."""
+
+    def __init__(self, folder: Path, mode: str, environment: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        script = folder / "rank.py"
+        script.write_text(RANK)
+        inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, "2", str(script), mode, str(folder)],
+            env={**inherited, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), **(environment or {})},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_until_ready(self) -> list[int]:
+        """The ranks' process ids, once both run."""
+        files = [self.folder / f"ready{rank}" for rank in range(2)]
+        _wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+        return [int(file.read_text().split()[0]) for file in files]
+
+    def end(self) -> tuple[int, str]:
+        """The exit status and the text on stderr."""
+        _, text = self.process.communicate(timeout=60)
+        return self.process.returncode, text
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[object]:
+    jobs: list[Job] = []
+
+    def start_job(mode: str, **environment: str) -> Job:
+        jobs.append(Job(tmp_path, mode, environment))
+        return jobs[-1]
+
+    yield start_job
+    for job in jobs:
+        job.process.kill()
+        job.process.communicate()
+
+
+def _wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    """Whether the process runs; a zombie that nobody reaps has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_success_is_silent_and_cores_are_shared(start, tmp_path):
+    job = start("success")
+    assert job.end() == (0, "")
+    threads = [(tmp_path / f"ready{rank}").read_text().split()[1] for rank in range(2)]
+    assert threads == [str(max(1, len(os.sched_getaffinity(0)) // 2))] * 2
+
+
+def test_the_users_thread_count_is_kept(start, tmp_path):
+    assert start("success", OMP_NUM_THREADS="3").end()[0] == 0
+    assert (tmp_path / "ready0").read_text().split()[1] == "3"
+
+
+def test_exception_shows_that_ranks_traceback_alone(start):
+    job = start("exception")
+    pids = job.wait_until_ready()
+    status, text = job.end()
+    assert status == 1
+    assert text.startswith("megatsp: error: rank 1: RuntimeError: broken on purpose\nTraceback")
+    assert 'raise RuntimeError("broken on purpose")' in text
+    assert text.count("Traceback") == 1 and "ChildFailedError" not in text
+    assert not any(map(_alive, pids))
+
+
+def test_a_users_mistake_is_one_message(start):
+    status, text = start("mistake").end()
+    assert status == 2
+    assert text.startswith("megatsp: error: ") and "name='a/b'" in text
+    assert text.count("megatsp: error") == 1 and "Traceback" not in text
+
+
+def test_exit_status_of_a_rank_is_named(start):
+    assert start("status").end() == (7, "megatsp: error: rank 1: exited with status 7\n")
+
+
+def test_killed_rank_ends_the_job_and_is_named(start):
+    job = start("killed")
+    pids = job.wait_until_ready()
+    assert job.end() == (137, "megatsp: error: rank 1: killed by SIGKILL\n")
+    assert not any(map(_alive, pids))
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["launcher", "group"])
+def test_interrupt_lets_every_rank_finish(start, tmp_path, whole_group):
+    job = start("graceful")
+    pids = job.wait_until_ready()
+    (os.killpg if whole_group else os.kill)(job.process.pid, signal.SIGINT)
+    status, text = job.end()
+    assert status == 0
+    assert text.strip() == "megatsp: finishing this step; Ctrl-C again aborts"
+    assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == ["1", "1"]
+    assert not any(map(_alive, pids))
+
+
+def test_second_interrupt_aborts(start, tmp_path):
+    job = start("graceful")
+    pids = job.wait_until_ready()
+    os.kill(job.process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    os.kill(job.process.pid, signal.SIGINT)
+    assert job.end()[0] == 130
+    assert not (tmp_path / "saved0").exists() and not any(map(_alive, pids))
+
+
+def test_interrupt_of_ranks_that_do_not_handle_it(start):
+    job = start("wait")
+    pids = job.wait_until_ready()
+    os.kill(job.process.pid, signal.SIGINT)
+    assert job.end()[0] == 130
+    assert not any(map(_alive, pids))
+
+
+def test_terminated_launcher_ends_its_ranks(start):
+    job = start("wait")
+    pids = job.wait_until_ready()
+    job.process.terminate()
+    assert job.end() == (143, "megatsp: error: stopped by SIGTERM\n")
+    assert not any(map(_alive, pids))
+
+
+def test_killed_launcher_leaves_no_process(start):
+    job = start("wait")
+    pids = job.wait_until_ready()
+    assert all(map(_alive, pids))
+    job.process.kill()
+    assert job.end()[0] == -signal.SIGKILL
+    _wait_for(lambda: not any(map(_alive, pids)), seconds=10)

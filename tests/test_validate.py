@@ -1,0 +1,179 @@
+"""Every rule of validate() with a value that breaks it, and every value that it fills in."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatsp.schema import Config
+from megatsp.validate import dp_size, validate
+
+
+def configured(**values: Any) -> Config:
+    """The default configuration with keys set by path, `model__hidden_size=3` for model.hidden_size."""
+    config = Config()
+    for path, value in values.items():
+        *groups, name = path.split("__")
+        nodes = [config]
+        for group in groups:
+            nodes.append(getattr(nodes[-1], group))
+        for node, owner in zip(reversed(nodes), [*reversed(groups), None], strict=True):
+            value, name = replace(node, **{name: value}), owner
+        config = value
+    return config
+
+
+def errors(world_size: int = 1, **values: Any) -> list[str]:
+    with pytest.raises(ValueError) as caught:
+        validate(configured(**values), world_size)
+    return str(caught.value).split("\n  - ")[1:]
+
+
+def test_defaults_are_valid_and_filled_in():
+    config = validate(Config(), 1)
+    p = config.parallel
+    assert (p.dp_shard, p.attention_buckets, p.mlp_buckets, p.head_buckets) == (1, 2, 2, 2)
+    assert config.scheduler.lr_decay_iters == config.trainer.train_iters == 100
+    assert validate(config, 1) == config  # what is filled in stays valid, and stays
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "a/b"}, "name='a/b': one folder's name"),
+        ({"name": ".."}, "name='..': one folder's name"),
+        ({"name": ""}, "name='': one folder's name"),
+        ({"output_dir": ""}, "output_dir is empty: give a path"),
+        ({"data__path": ""}, "data.path is empty: give a path"),
+        ({"model__num_layers": 0}, "model.num_layers=0: must be >= 1"),
+        ({"optimizer__adam_eps": 0.0}, "optimizer.adam_eps=0.0: must be > 0"),
+        ({"optimizer__adam_beta2": 1.0}, "optimizer.adam_beta2=1.0: must be in [0, 1)"),
+        ({"optimizer__weight_decay": float("nan")}, "optimizer.weight_decay=nan: must be >= 0"),
+        ({"optimizer__clip_grad": float("inf")}, "optimizer.clip_grad=inf: must be >= 0"),
+        ({"data__valid_fraction": 0.0}, "data.valid_fraction=0.0: must be in (0, 1)"),
+        ({"data__valid_fraction": 1.0}, "data.valid_fraction=1.0: must be in (0, 1)"),
+        ({"parallel__tsp_layout": "owners"}, "choose one of hidden, owner; did you mean owner?"),
+        ({"trainer__dtype": "fp8"}, "trainer.dtype=fp8: choose one of fp32, bf16"),
+        ({"parallel__tp": 2}, "parallel.tp=2: only 1 in this version; shard with parallel.tsp"),
+        ({"parallel__cp": 2}, "parallel.cp=2: only 1 in this version; shard with parallel.tsp"),
+        ({"parallel__pp": 2}, "parallel.pp=2: only 1 in this version; shard with parallel.tsp"),
+        ({"parallel__dp_shard": 0}, "parallel.dp_shard=0: give a number of ranks, or -1"),
+        ({"model__num_query_groups": 3}, "must divide num_attention_heads=4; use 1, 2, 4"),
+        ({"model__kv_channels": 33}, "rotary embedding turns pairs; use 32 or 34"),
+        ({"model__kv_channels": 1}, "rotary embedding turns pairs; use 2"),
+        ({"model__rotary_scaling__factor": 0.5}, "model.rotary_scaling.factor=0.5: must be >= 1"),
+        ({"model__rotary_scaling__factor": 2.0}, "needs rotary_scaling.type linear or llama3"),
+        (
+            {"model__rotary_scaling__type": "llama3", "model__rotary_scaling__low_freq_factor": 4.0},
+            "model.rotary_scaling.low_freq_factor=4.0: must be below high_freq_factor=4.0",
+        ),
+        ({"scheduler__min_lr": 1.0}, "scheduler.min_lr=1.0: must not exceed optimizer.lr=0.0003"),
+        ({"scheduler__lr_warmup_iters": 100}, "must be below trainer.train_iters=100"),
+        (
+            {"scheduler__lr_warmup_iters": 50, "scheduler__lr_decay_iters": 50},
+            "scheduler.lr_decay_iters=50: must be above scheduler.lr_warmup_iters=50, or 0",
+        ),
+        ({"scheduler__lr_decay_style": "WSD"}, "WSD needs the length of its final decay"),
+        ({"scheduler__lr_wsd_decay_iters": 5}, "only lr_decay_style=WSD reads it; set 0"),
+        (
+            {
+                "scheduler__lr_decay_style": "WSD",
+                "scheduler__lr_wsd_decay_iters": 91,
+                "scheduler__lr_warmup_iters": 10,
+            },
+            "scheduler.lr_wsd_decay_iters=91: at most 90 iterations follow the warm-up",
+        ),
+        ({"parallel__attention_buckets": 3}, "must divide model.num_query_groups=2; use one of 1, 2, or 0"),
+        ({"parallel__mlp_buckets": 385}, "parallel.mlp_buckets=385: at most model.ffn_hidden_size=384"),
+        ({"parallel__head_buckets": 258}, "parallel.head_buckets=258: at most model.vocab_size=257"),
+        ({"trainer__global_batch_size": 10}, "1 data-parallel ranks must divide it; use 8 or 12"),
+        ({"trainer__global_batch_size": 3}, "1 data-parallel ranks must divide it; use 4"),
+    ],
+)
+def test_each_rule_alone(values, message):
+    found = errors(**values)
+    assert len(found) == 1 and message in found[0]
+
+
+def test_tsp_must_divide_width_and_zigzag_chunks():
+    found = errors(world_size=3, parallel__tsp=3, trainer__seq_length=1000)
+    assert "model.hidden_size=128: parallel.tsp=3 must divide it; use 126 or 129" in found
+    assert "trainer.seq_length=1000: 2 * parallel.tsp = 6 must divide it; use 996 or 1002" in found
+
+
+def test_sequence_needs_two_chunks_a_rank():
+    found = errors(world_size=8, parallel__tsp=8, trainer__seq_length=8)
+    assert found == ["trainer.seq_length=8: 2 * parallel.tsp = 16 must divide it; use 16"]
+
+
+def test_all_violations_are_reported_together():
+    found = errors(name="a/b", parallel__tp=2, trainer__dtype="fp8", model__kv_channels=3)
+    assert len(found) == 4
+
+
+def test_a_zero_count_is_reported_once():
+    assert errors(parallel__tsp=0) == ["parallel.tsp=0: must be >= 1"]
+    assert errors(model__num_query_groups=0) == ["model.num_query_groups=0: must be >= 1"]
+    assert errors(world_size=0, launch__nproc=0) == ["launch.nproc=0: must be >= 1"]
+
+
+def test_a_world_that_no_mesh_fits_names_the_tsp_that_would():
+    (error,) = errors(world_size=6, parallel__tsp=4, trainer__global_batch_size=12)
+    assert "parallel.tsp=4 x dp_replicate=1 does not divide the 6 ranks" in error
+    assert error.endswith(
+        "start 4 (alone: launch.nproc=4), or use parallel.tsp=1 or 2"
+    )  # 3 and 6 do not divide h
+
+
+def test_replicas_that_do_not_divide_the_world():
+    (error,) = errors(world_size=4, parallel__dp_replicate=3, trainer__global_batch_size=12)
+    assert error.endswith("parallel.dp_replicate must be one of 1, 2, 4")
+
+
+def test_a_given_dp_shard_must_make_the_world():
+    (error,) = errors(world_size=6, parallel__tsp=2, parallel__dp_shard=4)
+    assert "dp_replicate 1 x dp_shard 4 x tsp 2 = 8, but 6 ranks; start 8 ranks" in error
+
+
+@pytest.mark.parametrize(
+    ("world_size", "replicate", "tsp", "shard"), [(8, 1, 2, 4), (8, 2, 2, 2), (8, 1, 8, 1), (6, 3, 1, 2)]
+)
+def test_dp_shard_is_what_the_other_axes_leave(world_size, replicate, tsp, shard):
+    config = configured(parallel__tsp=tsp, parallel__dp_replicate=replicate, trainer__global_batch_size=96)
+    filled = validate(config, world_size)
+    assert filled.parallel.dp_shard == shard and dp_size(filled) == replicate * shard
+
+
+def automatic(world_size: int, **values: Any) -> tuple[int, int, int]:
+    p = validate(configured(parallel__tsp=world_size, **values), world_size).parallel
+    return p.attention_buckets, p.mlp_buckets, p.head_buckets
+
+
+def test_automatic_buckets():
+    assert automatic(4) == (2, 4, 4)  # attention: no more than the two KV heads
+    assert automatic(8, model__num_query_groups=4) == (4, 8, 8)
+    assert automatic(1, parallel__tsp_layout="owner") == (2, 1, 2)  # MLP buckets: one an owner
+    assert automatic(4, parallel__tsp_layout="owner")[1] == 4
+    assert automatic(8, model__num_query_groups=1)[0] == 1
+    assert automatic(1, model__vocab_size=32000)[2] == 4  # of at most 8192 rows
+    assert automatic(1, model__ffn_hidden_size=1, model__vocab_size=1)[1:] == (1, 1)
+
+
+def test_given_buckets_are_kept():
+    given = {"attention_buckets": 1, "mlp_buckets": 5, "head_buckets": 257}
+    filled = validate(configured(**{f"parallel__{name}": n for name, n in given.items()}), 1)
+    assert {name: getattr(filled.parallel, name) for name in given} == given
+
+
+def test_owner_needs_a_bucket_an_owner():
+    found = errors(world_size=4, parallel__tsp=4, parallel__tsp_layout="owner", parallel__mlp_buckets=6)
+    assert found == ["parallel.mlp_buckets=6: owner needs a multiple of tsp; use 4 or 8, or 0"]
+    (error,) = errors(world_size=4, parallel__tsp=4, parallel__tsp_layout="owner", model__ffn_hidden_size=3)
+    assert error == "parallel.mlp_buckets=4: at most model.ffn_hidden_size=3"
+
+
+def test_wsd_may_follow_the_warm_up_at_once():
+    config = configured(
+        scheduler__lr_decay_style="WSD", scheduler__lr_wsd_decay_iters=90, scheduler__lr_warmup_iters=10
+    )
+    assert validate(config, 1).scheduler.lr_decay_iters == 100
