@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         if _join(os.environ):
-            return launcher.run_rank(lambda: _dispatch(arguments))
+            launcher.run_rank(lambda: _dispatch(arguments))
         return _dispatch(arguments)
     except ValueError as error:
         if not launcher.is_users(error):

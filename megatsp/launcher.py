@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
@@ -56,23 +56,25 @@ def launch_local(nproc: int, command: list[str]) -> int:
         return _report(result, Path(folder), len(interrupts))
 
 
-def run_rank(work: Callable[[], int]) -> int:
-    """Runs `work` as a rank: its exception goes to the launcher, torch's or ours, which shows it.
+def run_rank(work: Callable[[], int]) -> NoReturn:
+    """Runs `work` as a rank and ends the process with the status that it returns.
 
-    Under our launcher the process then ends at once, without the interpreter's teardown: that can
-    wait for ranks that wait for this one.
+    An exception goes to the launcher, torch's or ours, which shows it. The process ends without the
+    interpreter's teardown: after a failure that can wait for ranks that wait for this one, and after
+    success a gloo thread that still lets go of a tensor then aborts it (seen with torch 2.13).
     """
     ours = _die_with_launcher()
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
-        return record(work)() or 0
+        status = record(work)() or 0
     except Exception as error:
         if not ours:
             raise
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(USER_ERROR if is_users(error) else 1)
+        status = USER_ERROR if is_users(error) else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_users(error: BaseException) -> bool:

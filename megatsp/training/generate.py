@@ -61,7 +61,7 @@ def generate(
     seed: int,
     context: int,
 ) -> str:
-    """The prompt and up to `tokens` more tokens, sampled at `temperature` (0: the likeliest), to the first eod.
+    """The prompt and up to `tokens` more, sampled at `temperature` (0: the likeliest), to the first eod.
 
     context: most tokens that the model looks back on. The seed decides, not the size of the mesh.
     """

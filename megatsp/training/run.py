@@ -92,9 +92,7 @@ class Training:
         settings, start = self.config.trainer, self.state.iteration
         if start >= settings.train_iters:
             if self.is_first:
-                print(
-                    f"{self.folder} is at iteration {start} of {settings.train_iters}: raise trainer.train_iters"
-                )
+                print(f"{self.folder} is at iteration {start} already; to go on, raise trainer.train_iters")
             return
         self._open_folder()
         reporter = Reporter(self.config, self.folder, start, self.state.wandb_run_id, self.is_first)

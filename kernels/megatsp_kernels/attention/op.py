@@ -20,7 +20,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"causal attention needs as many queries as keys; got {q.shape[2]} and {k.shape[2]}")
     if q.is_cuda and q.dtype == torch.float32:
-        raise ValueError("flash attention on a GPU computes in bf16 or fp16, not fp32: set trainer.dtype=bf16")
+        raise ValueError(
+            "flash attention on a GPU computes in bf16 or fp16, not fp32: set trainer.dtype=bf16"
+        )
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
