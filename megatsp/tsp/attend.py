@@ -9,7 +9,7 @@ seen are never visited.
 Source: Liu et al., Ring Attention, arXiv:2310.01889; Dao, FlashAttention-2, arXiv:2307.08691.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from megatsp_kernels.attention import attention_backward, attention_forward
@@ -118,11 +118,14 @@ class SequenceAttention:
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of forward, given its results: dq, dk, dv in fp32."""
+    ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+        """Gradients of forward, given its results: dq, and a call that waits for dk and dv; fp32.
+
+        Between the two the gradients of keys and values travel: there is time to compute.
+        """
         if self._comm.size == 1:
             dq, dk, dv = attention_backward(dout, q, k, v, out, lse, True, self._scale)
-            return dq.float(), dk.float(), dv.float()
+            return dq.float(), lambda: (dk.float(), dv.float())
         exchange = self._exchange(self._comm, torch.stack([k, v]), "kv/backward")
         dq, dk, dv = attention_backward(dout, q, k, v, out, lse, True, self._scale)
         dq, own = dq.float(), torch.stack([dk, dv]).float()
@@ -138,5 +141,9 @@ class SequenceAttention:
                 dkv[0][..., columns, :] += part[1]
                 dkv[1][..., columns, :] += part[2]
             exchange.send(dkv)
-        dk, dv = exchange.total(own).unbind()
-        return dq, dk, dv
+
+        def arrived() -> tuple[Tensor, Tensor]:
+            dk, dv = exchange.total(own).unbind()
+            return dk, dv
+
+        return dq, arrived

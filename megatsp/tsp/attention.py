@@ -18,6 +18,7 @@ from megatsp.tsp.buckets import Bucket
 from megatsp.tsp.linear import accumulate, product
 from megatsp.tsp.norm import rms_norm, rms_norm_backward
 from megatsp.tsp.stream import WeightStream
+from megatsp.tsp.transport import Gradients
 
 RotaryTable = tuple[Tensor, Tensor]
 
@@ -97,11 +98,11 @@ class StreamedAttention:
         table: RotaryTable,
         saved: dict[int, SavedBucket],
         following: Callable[[], None] | None,
-    ) -> tuple[Tensor, list[Tensor], HeadVectors]:
+    ) -> tuple[Tensor, Gradients, HeadVectors]:
         """dy: [B, T/D, h] in the compute dtype. Empties `saved` as it goes.
 
-        Returns dx in fp32, this rank's weight gradients in fp32, and the LOCAL tokens' share of
-        the vectors' gradients.
+        Returns dx in fp32, the weight gradients (the last bucket's still on its way: see
+        `Gradients.finish`), and the LOCAL tokens' share of the vectors' gradients.
         """
         dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         rows, drows, dvectors = x.flatten(0, 1), dy.flatten(0, 1), vectors.zeros()
@@ -113,17 +114,19 @@ class StreamedAttention:
                 projected = self._project(rows, matrix, bucket, vectors)
             projected = projected.view(*x.shape[:2], -1)
             dout = (drows @ matrix[:, -split:]).view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
-            dheads = self._sequence.backward(
+            dq, kv_gradients = self._sequence.backward(
                 dout, *self._heads(projected, bucket, vectors, table), kept.out, kept.lse
             )
+            dmatrix = gradients.buffer(step)
+            # While the gradients of keys and values travel:
+            product(dmatrix[:, -split:], drows.t(), _rows(kept.out))
+            dheads = (dq, *kv_gradients())
             dprojected = self._heads_backward(dheads, projected, bucket, vectors, dvectors, table)
             dprojected = dprojected.flatten(0, 1).to(x.dtype)
-            accumulate(dx.flatten(0, 1), dprojected, matrix[:, :-split].t())
-            dmatrix = gradients.buffer(step)
             product(dmatrix[:, :-split], rows.t(), dprojected)
-            product(dmatrix[:, -split:], drows.t(), _rows(kept.out))
             gradients.send(step, dmatrix)
-        return dx, gradients.finish(), dvectors
+            accumulate(dx.flatten(0, 1), dprojected, matrix[:, :-split].t())
+        return dx, gradients, dvectors
 
     def _project(self, rows: Tensor, matrix: Tensor, bucket: Bucket, vectors: HeadVectors) -> Tensor:
         """[B T/D, h] to the bucket's q, k and v columns, side by side."""

@@ -135,20 +135,20 @@ class _Layer(torch.autograd.Function):
                 layer, x, kept.gains, tensors, table, True, lambda: layer.mlp.prefetch(tensors.mlp)
             )
         normed = rms_norm(middle, kept.gains[1], layer.epsilon)
-        dnormed, dmlp = layer.mlp.backward(dout, normed, tensors.mlp, kept.mlp, prefetch_attention)
+        dnormed, mlp_gradients = layer.mlp.backward(dout, normed, tensors.mlp, kept.mlp, prefetch_attention)
         dmiddle, dgain_mlp = rms_norm_backward(dnormed, middle, kept.gains[1], layer.epsilon)
         del middle, normed, dnormed
         dmiddle += dout
 
         normed = rms_norm(x, kept.gains[0], layer.epsilon)
-        dnormed, dattention, dvectors = layer.attention.backward(
+        dnormed, attention_gradients, dvectors = layer.attention.backward(
             dmiddle.to(x.dtype), normed, tensors.attention, tensors.vectors, table, attention, preceding
         )
         dx, dgain_attention = rms_norm_backward(dnormed, x, kept.gains[0], layer.epsilon)
         dx += dmiddle
 
         dgains, dvector_sums = layer.small.reduce([dgain_attention, dgain_mlp], dvectors.tensors())
-        gradients = [*dattention, *dmlp, *dgains, *dvector_sums]
+        gradients = [*attention_gradients.finish(), *mlp_gradients.finish(), *dgains, *dvector_sums]
         return (
             dx.to(x.dtype), None, None, None, None, None,
             *(g.to(t.dtype) for g, t in zip(gradients, flat, strict=True)),

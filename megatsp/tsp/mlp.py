@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatsp.tsp.linear import accumulate, product
 from megatsp.tsp.stream import WeightStream
+from megatsp.tsp.transport import Gradients
 
 
 class StreamedMLP:
@@ -48,10 +49,11 @@ class StreamedMLP:
         weights: Sequence[Tensor],
         saved: dict[int, Tensor],
         following: Callable[[], None] | None,
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Gradients]:
         """dy: [B, T/D, h] in the compute dtype; what `saved` lacks is computed again.
 
-        Returns dx in fp32 and this rank's weight gradients in fp32. Empties `saved` as it goes.
+        Returns dx in fp32 and the weight gradients (the last bucket's still on its way: see
+        `Gradients.finish`). Empties `saved` as it goes.
         """
         dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         rows, drows = x.flatten(0, 1), dy.flatten(0, 1)
@@ -60,12 +62,12 @@ class StreamedMLP:
             width = bucket[0].width
             gate_up = saved.pop(step) if step in saved else rows @ matrix[:, : 2 * width]
             dgate_up, activation = _swiglu_backward(drows @ matrix[:, 2 * width :], gate_up)
-            accumulate(dx.flatten(0, 1), dgate_up, matrix[:, : 2 * width].t())
             dmatrix = gradients.buffer(step)
             product(dmatrix[:, : 2 * width], rows.t(), dgate_up)
             product(dmatrix[:, 2 * width :], drows.t(), activation)
             gradients.send(step, dmatrix)
-        return dx, gradients.finish()
+            accumulate(dx.flatten(0, 1), dgate_up, matrix[:, : 2 * width].t())
+        return dx, gradients
 
 
 def _swiglu_backward(dactivation: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
