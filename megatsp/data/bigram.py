@@ -27,10 +27,10 @@ CHUNK_TOKENS = 1 << 18  # bounds the memory of counting
 def bits_per_byte(
     train_dataset: GPTDataset, valid_dataset: GPTDataset, num_samples: int | None = None
 ) -> float:
-    """Fit on the whole training stream and score the labels of validation samples 0 to num_samples.
+    """Fit on the whole training stream and score the labels of validation samples.
 
-    Those are the labels that a model trained on the same samples is scored on, byte for byte: a BPE token is
-    scored as its bytes.
+    Those are the labels that a model's evaluation on as many samples is scored on (`GPTDataset.spread`),
+    byte for byte: a BPE token is scored as its bytes.
 
     Args:
         num_samples: None scores every sample of the validation split.
@@ -44,31 +44,44 @@ def bits_per_byte(
     num_samples = len(valid_dataset) if num_samples is None else num_samples
     if not 1 <= num_samples <= len(valid_dataset):
         raise ValueError(f"num_samples is {num_samples}; the validation split has 1 to {len(valid_dataset)}")
-    bits = -np.log2(_conditional(pair_counts(train_dataset, train_dataset.num_tokens)))
-    # Samples share their ends, so together they are one run of the stream; its first token is only context.
-    counts = pair_counts(valid_dataset, num_samples * valid_dataset.seq_length + 1, skip_first=True)
+    bits = -np.log2(_conditional(stream_counts(train_dataset)))
+    counts = sample_counts(valid_dataset, valid_dataset.spread(num_samples))
     num_bytes = counts[:, :EOD].sum()
     if num_bytes == 0:
-        raise ValueError(f"validation samples 0 to {num_samples} hold no bytes; score more of them")
+        raise ValueError(f"{num_samples} validation samples hold no bytes; score more of them")
     return float((counts * bits).sum() / num_bytes)
 
 
-def pair_counts(dataset: GPTDataset, num_tokens: int, skip_first: bool = False) -> np.ndarray:
-    """How often symbol b follows symbol a at the start of a split's stream, int64 [257, 257] as [a, b].
+def stream_counts(dataset: GPTDataset) -> np.ndarray:
+    """How often symbol b follows symbol a in a split's stream, int64 [257, 257] as [a, b].
 
-    What precedes the stream is taken to be eod. With `skip_first`, the first token is context only.
+    What precedes the stream is taken to be eod.
     """
-    table = _SymbolTable(dataset.tokenizer)
-    counts = np.zeros(SYMBOLS * SYMBOLS, dtype=np.int64)
-    previous, start = EOD, 0
-    if skip_first:
-        previous, start = int(table.symbols(dataset.stream(0, 1))[-1]), 1
-    for begin in range(start, num_tokens, CHUNK_TOKENS):
-        symbols = table.symbols(dataset.stream(begin, min(begin + CHUNK_TOKENS, num_tokens)))
-        contexts = np.concatenate(([previous], symbols[:-1]))
-        counts += np.bincount(contexts * SYMBOLS + symbols, minlength=SYMBOLS * SYMBOLS)
-        previous = int(symbols[-1])
-    return counts.reshape(SYMBOLS, SYMBOLS)
+    table, counts, context = _SymbolTable(dataset.tokenizer), _no_counts(), EOD
+    for begin in range(0, dataset.num_tokens, CHUNK_TOKENS):
+        symbols = table.symbols(dataset.stream(begin, min(begin + CHUNK_TOKENS, dataset.num_tokens)))
+        counts += _pairs(context, symbols)
+        context = int(symbols[-1])
+    return counts
+
+
+def sample_counts(dataset: GPTDataset, indices: np.ndarray) -> np.ndarray:
+    """The same over the labels of these samples; a sample's first token is context alone."""
+    table, counts = _SymbolTable(dataset.tokenizer), _no_counts()
+    for index in indices:
+        tokens = dataset.sample(int(index))
+        counts += _pairs(int(table.symbols(tokens[:1])[-1]), table.symbols(tokens[1:]))
+    return counts
+
+
+def _no_counts() -> np.ndarray:
+    return np.zeros((SYMBOLS, SYMBOLS), dtype=np.int64)
+
+
+def _pairs(context: int, symbols: np.ndarray) -> np.ndarray:
+    contexts = np.concatenate(([context], symbols[:-1]))
+    pairs = np.bincount(contexts * SYMBOLS + symbols, minlength=SYMBOLS * SYMBOLS)
+    return pairs.reshape(SYMBOLS, SYMBOLS)
 
 
 class _SymbolTable:
@@ -103,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, metavar="PREFIX", help="prefix of the .bin, .idx and .json")
     parser.add_argument("--tokenizer", default="byte", help="'byte', a tokenizer.json or its folder")
     parser.add_argument("--seq-length", type=int, default=TrainerConfig.seq_length, help="tokens of a sample")
-    parser.add_argument("--samples", type=int, help="validation samples to score, from the first; none: all")
+    parser.add_argument("--samples", type=int, help="validation samples to score, evenly spread; none: all")
     parser.add_argument(
         "--valid-fraction", type=float, default=DataConfig.valid_fraction, help="as in training"
     )

@@ -102,6 +102,11 @@ class GPTDataset:
         start = self._start(index)
         return self.stream(start, start + self.seq_length + 1)
 
+    def spread(self, count: int) -> np.ndarray:
+        """`count` samples (at most all) spread evenly over the split, int64 ascending: what is evaluated."""
+        count = min(count, len(self))
+        return np.arange(count, dtype=np.int64) * len(self) // count
+
     def documents(self, index: int) -> list[str]:
         """Names of the documents that sample `index` has tokens of, in its order.
 

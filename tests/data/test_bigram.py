@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatsp.data import bigram
-from megatsp.data.bigram import PRIOR, bits_per_byte, pair_counts
+from megatsp.data.bigram import PRIOR, bits_per_byte, stream_counts
 from megatsp.data.dataset import GPTDataset
 from megatsp.data.indexed import IndexedWriter
 from megatsp.data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
@@ -32,7 +32,7 @@ def brute_force(train: GPTDataset, valid: GPTDataset, num_samples: int) -> float
     pairs = Counter(pairwise(stream))
     contexts, unigrams = Counter(stream[:-1]), Counter(stream[1:])
     bits, num_bytes = 0.0, 0
-    for i in range(num_samples):
+    for i in valid.spread(num_samples):
         sample = valid.sample(i).tolist()
         a = symbols_of(tokenizer, sample[:1])[-1]
         for b in symbols_of(tokenizer, sample[1:]):
@@ -61,14 +61,14 @@ def test_equals_brute_force(tmp_path: Path, name: str, chunk: int, monkeypatch: 
 @pytest.mark.parametrize("name", ["byte", "bpe"])
 def test_counts_are_of_the_training_bytes(tmp_path: Path, name: str) -> None:
     train, valid = prepare(tmp_path / "data", tokenizer_named(name, tmp_path))
-    counts = sum(pair_counts(data, data.num_tokens) for data in (train, valid))
+    counts = sum(stream_counts(data) for data in (train, valid))
     assert counts[:, :256].sum() == train.info.bytes == len("".join(TEXTS).encode())
     assert counts[:, 256].sum() == len(TEXTS)
 
 
 def test_probabilities_sum_to_one_and_are_positive(tmp_path: Path) -> None:
     train, _ = prepare(tmp_path / "data", ByteTokenizer())
-    probabilities = bigram._conditional(pair_counts(train, train.num_tokens))
+    probabilities = bigram._conditional(stream_counts(train))
     assert probabilities.sum(axis=1) == pytest.approx(1.0, rel=1e-12)
     assert probabilities.min() > 0
 

@@ -230,3 +230,9 @@ def test_reading_a_sample_does_not_read_the_corpus(prefix: Path, monkeypatch: py
         read.clear()
         data.sample(i)
         assert [f"{document}.py" for document in read] == data.documents(i)
+
+
+def test_spread_reaches_over_the_whole_split(prefix: Path) -> None:
+    train = dataset(prefix, "train", 7)
+    assert train.spread(3).tolist() == [0, len(train) // 3, 2 * len(train) // 3]
+    assert train.spread(10**6).tolist() == list(range(len(train)))
