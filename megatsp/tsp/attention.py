@@ -87,6 +87,7 @@ class StreamedAttention:
             out, lse = self._sequence.forward(q, k, v)
             accumulate(y.flatten(0, 1), _rows(out), matrix[:, -bucket[3].width :].t())
             saved[step] = SavedBucket(out, lse, projected if keep_projected else None)
+            del matrix  # before the walk posts another
         return y, saved
 
     def backward(
@@ -126,6 +127,7 @@ class StreamedAttention:
             product(dmatrix[:, :-split], rows.t(), dprojected)
             gradients.send(step, dmatrix)
             accumulate(dx.flatten(0, 1), dprojected, matrix[:, :-split].t())
+            del matrix, dmatrix
         return dx, gradients, dvectors
 
     def _project(self, rows: Tensor, matrix: Tensor, bucket: Bucket, vectors: HeadVectors) -> Tensor:

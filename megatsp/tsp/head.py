@@ -69,6 +69,7 @@ class _Head(torch.autograd.Function):
             lse = torch.logaddexp(lse, logits.logsumexp(-1))
             inside, column = _targets_inside(targets, span)
             target_logits += logits.gather(1, column[:, None])[:, 0] * inside
+            del matrix  # before the walk posts another
         ctx.save_for_backward(x, targets, mask, gain, weight, gains, lse)
         ctx.head, ctx.preceding = head, preceding
         return (lse - target_logits).view_as(mask) * mask
@@ -92,6 +93,7 @@ class _Head(torch.autograd.Function):
             product(dmatrix, rows.t(), dlogits)
             gradients.send(step, dmatrix)
             accumulate(drows, dlogits, matrix.t())
+            del matrix, dmatrix
         dx, dgain = rms_norm_backward(drows.view(x.shape), x, gains[0], head.epsilon)
         (dweight,) = gradients.finish()
         (dgain,), _ = head.small.reduce([dgain], [])

@@ -76,7 +76,8 @@ class StreamedLayer:
 
         following: posts what comes after this layer's forward; preceding: after its backward.
         """
-        return _Layer.apply(x, self, tensors, table, following, preceding, *tensors.flat())
+        grad = torch.is_grad_enabled()
+        return _Layer.apply(x, self, tensors, table, following, preceding, grad, *tensors.flat())
 
 
 @dataclass
@@ -97,19 +98,20 @@ class _Layer(torch.autograd.Function):
         table: RotaryTable,
         following: Callable[[], None] | None,
         preceding: Callable[[], None] | None,
+        grad: bool,
         *flat: Tensor,
     ) -> Tensor:
         gains = layer.small.gains(tensors.gains)
-        keep = any(ctx.needs_input_grad) and layer.recompute == "none"
+        keep = grad and layer.recompute == "none"
         middle, attention = _attention_forward(
             layer, x, gains, tensors, table, keep, lambda: layer.mlp.prefetch(tensors.mlp)
         )
         full = layer.recompute == "full"
-        if full:
+        if full or not grad:
             attention.clear()
         normed = rms_norm(middle, gains[1], layer.epsilon)
         y, mlp = layer.mlp.forward(normed, tensors.mlp, keep, following)
-        if any(ctx.needs_input_grad):
+        if grad:
             ctx.save_for_backward(x, *flat)
             ctx.layer, ctx.table, ctx.preceding = layer, table, preceding
             ctx.biased, ctx.head_normed = (
@@ -150,7 +152,7 @@ class _Layer(torch.autograd.Function):
         dgains, dvector_sums = layer.small.reduce([dgain_attention, dgain_mlp], dvectors.tensors())
         gradients = [*attention_gradients.finish(), *mlp_gradients.finish(), *dgains, *dvector_sums]
         return (
-            dx.to(x.dtype), None, None, None, None, None,
+            dx.to(x.dtype), None, None, None, None, None, None,
             *(g.to(t.dtype) for g, t in zip(gradients, flat, strict=True)),
         )  # fmt: skip
 

@@ -40,6 +40,7 @@ class StreamedMLP:
             accumulate(y.flatten(0, 1), F.silu(gate) * up, matrix[:, 2 * width :].t())
             if keep:
                 saved[step] = gate_up
+            del matrix  # before the walk posts another
         return y, saved
 
     def backward(
@@ -67,6 +68,7 @@ class StreamedMLP:
             product(dmatrix[:, 2 * width :], drows.t(), activation)
             gradients.send(step, dmatrix)
             accumulate(dx.flatten(0, 1), dgate_up, matrix[:, : 2 * width].t())
+            del matrix, dmatrix
         return dx, gradients
 
 

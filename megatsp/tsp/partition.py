@@ -29,12 +29,18 @@ def local_positions(length: int, rank: int, size: int, device: torch.device) -> 
 
 def to_global(shards: Tensor) -> Tensor:
     """Shards in rank order to the sequence in order: [D, .., T/D, d] to [.., T, d]."""
-    low, high = shards.chunk(2, dim=-2)  # chunks 0..D-1, and 2D-1..D
-    chunks = torch.cat([low, high.flip(0)])
-    return chunks.movedim(0, -3).flatten(-3, -2)
+    size = shards.shape[0]
+    low, high = shards.unflatten(-2, (2, -1)).unbind(-3)  # of all ranks: chunks 0..D-1, and 2D-1..D
+    chunks = low.new_empty(*low.shape[1:-2], 2 * size, *low.shape[-2:])
+    chunks[..., :size, :, :] = low.movedim(0, -3)
+    chunks[..., size:, :, :] = high.flip(0).movedim(0, -3)
+    return chunks.flatten(-3, -2)
 
 
 def to_shards(whole: Tensor, size: int) -> Tensor:
     """The inverse of to_global: [.., T, d] to [D, .., T/D, d]."""
     chunks = whole.unflatten(-2, (2 * size, -1)).movedim(-3, 0)
-    return torch.cat([chunks[:size], chunks[size:].flip(0)], dim=-2)
+    shards = chunks.new_empty(size, *chunks.shape[1:-2], 2, *chunks.shape[-2:])
+    shards[..., 0, :, :] = chunks[:size]
+    shards[..., 1, :, :] = chunks[size:].flip(0)
+    return shards.flatten(-3, -2)

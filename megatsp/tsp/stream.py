@@ -34,6 +34,8 @@ class WeightStream:
     ) -> Iterator[tuple[int, Bucket, Tensor]]:
         """Yields (step, bucket, its [h, R] tensor), each once, in this rank's order.
 
+        The caller lets go of the tensor (`del`) before it asks for the next, or a third one exists.
+
         weights: this rank's shards. following: called before the last bucket is used, to post
         what is needed after this walk.
         """
