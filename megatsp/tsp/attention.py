@@ -81,13 +81,15 @@ class StreamedAttention:
         """x: [B, T/D, h], normalised. Returns y [B, T/D, h] in fp32, and what backward needs, by step."""
         y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         rows, saved = x.flatten(0, 1), {}
-        for step, bucket, matrix in self._stream.walk(weights, following):
+
+        def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
             projected = self._project(rows, matrix, bucket, vectors)
             q, k, v = self._heads(projected.view(*x.shape[:2], -1), bucket, vectors, table)
             out, lse = self._sequence.forward(q, k, v)
             accumulate(y.flatten(0, 1), _rows(out), matrix[:, -bucket[3].width :].t())
             saved[step] = SavedBucket(out, lse, projected if keep_projected else None)
-            del matrix  # before the walk posts another
+
+        self._stream.walk(weights, use, following)
         return y, saved
 
     def backward(
@@ -108,7 +110,8 @@ class StreamedAttention:
         dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         rows, drows, dvectors = x.flatten(0, 1), dy.flatten(0, 1), vectors.zeros()
         gradients = self._stream.gradients(weights)
-        for step, bucket, matrix in self._stream.walk(weights, following):
+
+        def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
             kept, split = saved.pop(step), bucket[3].width
             projected = kept.projected
             if projected is None:
@@ -127,7 +130,8 @@ class StreamedAttention:
             product(dmatrix[:, :-split], rows.t(), dprojected)
             gradients.send(step, dmatrix)
             accumulate(dx.flatten(0, 1), dprojected, matrix[:, :-split].t())
-            del matrix, dmatrix
+
+        self._stream.walk(weights, use, following)
         return dx, gradients, dvectors
 
     def _project(self, rows: Tensor, matrix: Tensor, bucket: Bucket, vectors: HeadVectors) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatsp.tsp.buckets import Span
+from megatsp.tsp.buckets import Bucket, Span
 from megatsp.tsp.linear import accumulate, product
 from megatsp.tsp.norm import rms_norm, rms_norm_backward
 from megatsp.tsp.small import SmallParameters
@@ -64,12 +64,14 @@ class _Head(torch.autograd.Function):
         targets = labels.flatten()
         lse = torch.full(targets.shape, float("-inf"), dtype=torch.float32, device=x.device)
         target_logits = torch.zeros_like(lse)
-        for _, (span,), matrix in head.stream.walk([weight]):
+
+        def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
             logits = (rows @ matrix).float()
-            lse = torch.logaddexp(lse, logits.logsumexp(-1))
-            inside, column = _targets_inside(targets, span)
-            target_logits += logits.gather(1, column[:, None])[:, 0] * inside
-            del matrix  # before the walk posts another
+            torch.logaddexp(lse, logits.logsumexp(-1), out=lse)
+            inside, column = _targets_inside(targets, bucket[0])
+            target_logits.add_(logits.gather(1, column[:, None])[:, 0] * inside)
+
+        head.stream.walk([weight], use)
         ctx.save_for_backward(x, targets, mask, gain, weight, gains, lse)
         ctx.head, ctx.preceding = head, preceding
         return (lse - target_logits).view_as(mask) * mask
@@ -83,17 +85,19 @@ class _Head(torch.autograd.Function):
         scale = (dloss * mask).flatten()[:, None]
         drows = torch.zeros(rows.shape, dtype=torch.float32, device=x.device)
         gradients = head.stream.gradients([weight])
-        for step, (span,), matrix in head.stream.walk([weight], ctx.preceding):
+
+        def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
             # d loss / d logits = softmax - one_hot(target)
             dlogits = (rows @ matrix).float().sub_(lse[:, None]).exp_()
-            inside, column = _targets_inside(targets, span)
+            inside, column = _targets_inside(targets, bucket[0])
             dlogits.scatter_add_(1, column[:, None], -inside.float()[:, None])
             dlogits = dlogits.mul_(scale).to(x.dtype)
             dmatrix = gradients.buffer(step)
             product(dmatrix, rows.t(), dlogits)
             gradients.send(step, dmatrix)
             accumulate(drows, dlogits, matrix.t())
-            del matrix, dmatrix
+
+        head.stream.walk([weight], use, ctx.preceding)
         dx, dgain = rms_norm_backward(drows.view(x.shape), x, gains[0], head.epsilon)
         (dweight,) = gradients.finish()
         (dgain,), _ = head.small.reduce([dgain], [])

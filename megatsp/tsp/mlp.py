@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatsp.tsp.buckets import Bucket
 from megatsp.tsp.linear import accumulate, product
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
@@ -33,14 +34,16 @@ class StreamedMLP:
         """x: [B, T/D, h], normalised. Returns y in fp32 and, if `keep`, gate and up columns by step."""
         y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         rows, saved = x.flatten(0, 1), {}
-        for step, bucket, matrix in self._stream.walk(weights, following):
+
+        def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
             width = bucket[0].width
             gate_up = rows @ matrix[:, : 2 * width]
             gate, up = gate_up.chunk(2, -1)
             accumulate(y.flatten(0, 1), F.silu(gate) * up, matrix[:, 2 * width :].t())
             if keep:
                 saved[step] = gate_up
-            del matrix  # before the walk posts another
+
+        self._stream.walk(weights, use, following)
         return y, saved
 
     def backward(
@@ -59,7 +62,8 @@ class StreamedMLP:
         dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         rows, drows = x.flatten(0, 1), dy.flatten(0, 1)
         gradients = self._stream.gradients(weights)
-        for step, bucket, matrix in self._stream.walk(weights, following):
+
+        def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
             width = bucket[0].width
             gate_up = saved.pop(step) if step in saved else rows @ matrix[:, : 2 * width]
             dgate_up, activation = _swiglu_backward(drows @ matrix[:, 2 * width :], gate_up)
@@ -68,7 +72,8 @@ class StreamedMLP:
             product(dmatrix[:, 2 * width :], drows.t(), activation)
             gradients.send(step, dmatrix)
             accumulate(dx.flatten(0, 1), dgate_up, matrix[:, : 2 * width].t())
-            del matrix, dmatrix
+
+        self._stream.walk(weights, use, following)
         return dx, gradients
 
 
@@ -77,6 +82,11 @@ def _swiglu_backward(dactivation: Tensor, gate_up: Tensor) -> tuple[Tensor, Tens
     gate, up = gate_up.float().chunk(2, -1)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
-    dgate = dactivation * up * (sigmoid + silu * (1 - sigmoid))
-    dgate_up = torch.cat([dgate, dactivation * silu], -1).to(gate_up.dtype)
-    return dgate_up, (silu * up).to(gate_up.dtype)
+    activation = (silu * up).to(gate_up.dtype)
+    dgate_up = torch.empty_like(gate_up)
+    dgate, dup = dgate_up.chunk(2, -1)
+    dup.copy_(dactivation * silu)
+    # silu' = sigmoid + silu (1 - sigmoid); in place, for this is where a step's memory peaks
+    sigmoid += silu.mul_(1 - sigmoid)
+    dgate.copy_(sigmoid.mul_(up).mul_(dactivation))
+    return dgate_up, activation

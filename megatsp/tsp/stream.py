@@ -1,6 +1,6 @@
 """The weight stream: the buckets of a layer, one after another, the next one on its way."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -30,14 +30,15 @@ class WeightStream:
         self._ahead = self._transport.post(0, weights, None)
 
     def walk(
-        self, weights: Sequence[Tensor], following: Callable[[], None] | None = None
-    ) -> Iterator[tuple[int, Bucket, Tensor]]:
-        """Yields (step, bucket, its [h, R] tensor), each once, in this rank's order.
+        self,
+        weights: Sequence[Tensor],
+        use: Callable[[int, Bucket, Tensor], None],
+        following: Callable[[], None] | None = None,
+    ) -> None:
+        """Calls use(step, bucket, its [h, R] tensor) for each bucket once, in this rank's order.
 
-        The caller lets go of the tensor (`del`) before it asks for the next, or a third one exists.
-
-        weights: this rank's shards. following: called before the last bucket is used, to post
-        what is needed after this walk.
+        weights: this rank's shards. use: computes with the tensor and lets go of it. following:
+        called before the last bucket is used, to post what is needed after this walk.
         """
         if self._ahead is None:
             self.prefetch(weights)
@@ -50,7 +51,7 @@ class WeightStream:
                 pending = transport.post(step + 1, weights, matrix)
             elif following is not None:
                 following()
-            yield step, transport.part.buckets[transport.bucket(step)], matrix
+            use(step, transport.part.buckets[transport.bucket(step)], matrix)
 
     def gradients(self, weights: Sequence[Tensor]) -> Gradients:
         """Where the gradients of one backward walk go."""
