@@ -41,8 +41,25 @@ def calls(monkeypatch):
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
     monkeypatch.setitem(sys.modules, "megatsp.training", types.ModuleType("megatsp.training"))
     monkeypatch.setattr(launcher, "launch_local", recorder("launch", 0))
-    monkeypatch.setattr(launcher, "run_rank", lambda work: work())
     return seen
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Runs the command as a rank of a world and returns the status that its process ends with."""
+
+    def exit_instead(work):
+        raise SystemExit(work())  # run_rank never returns; the process of the tests must live on
+
+    def run(rank: int, world_size: int, arguments: list[str]) -> int:
+        monkeypatch.setattr(launcher, "run_rank", exit_instead)
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        return ended.value.code
+
+    return run
 
 
 def test_help_names_every_key_and_choice_in_100_columns(capsys):
@@ -124,10 +141,8 @@ def test_the_status_of_the_ranks_is_that_of_the_command(monkeypatch):
     assert cli.main(["train"]) == 137
 
 
-def test_as_a_rank_it_trains_with_the_worlds_size(calls, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert cli.main(["train", "parallel.tsp=2", "trainer.global_batch_size=8"]) == 0
+def test_as_a_rank_it_trains_with_the_worlds_size(calls, as_rank):
+    assert as_rank(3, 4, ["train", "parallel.tsp=2", "trainer.global_batch_size=8"]) == 0
     ((name, config),) = calls
     assert name == "run" and (config.parallel.tsp, config.parallel.dp_shard) == (2, 2)
 
@@ -140,22 +155,18 @@ def test_dry_run_prints_and_starts_nothing(calls, capsys):
     assert (name, world_size) == ("report", 2) and config == validate(config, 2)
 
 
-def test_dry_run_under_a_launcher_prints_once(calls, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        assert cli.main(["train", "--dry-run", "parallel.tsp=2"]) == 0
+def test_dry_run_under_a_launcher_prints_once(calls, capsys, as_rank):
+    for rank in range(2):
+        assert as_rank(rank, 2, ["train", "--dry-run", "parallel.tsp=2"]) == 0
     assert len(calls) == 1 and capsys.readouterr().out.count("the mesh") == 1
 
 
-def test_generate_starts_ranks_and_then_generates(calls, tmp_path, monkeypatch):
+def test_generate_starts_ranks_and_then_generates(calls, tmp_path, as_rank):
     arguments = ["generate", str(tmp_path), "--prompt", "def ", "--nproc", "2", "--temperature", "0"]
     assert cli.main(arguments) == 0
     assert calls == [("launch", 2, [sys.executable, "-m", "megatsp", *arguments])]
     calls.clear()
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(arguments) == 0
+    assert as_rank(0, 2, arguments) == 0
     assert calls == [("generate", tmp_path, "def ", 200, 0.0, 1234)]
 
 

@@ -5,12 +5,16 @@ are those of the parameters, so any mesh can load them.
 """
 
 import importlib
+import math
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from megatsp.schema import OptimizerConfig
 
@@ -124,12 +128,25 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     limit 0 only measures. A non-finite norm is returned and leaves the gradients as they are.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    by_copies: defaultdict[int, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        assert parameter.grad is not None
+        by_copies[_copies(parameter.grad)].append(_shard(parameter.grad))
+    squares = [get_total_norm(shards).square() / copies for copies, shards in by_copies.items()]
+    square = torch.stack(squares).sum()
+    # Every rank's part to every rank, in one sum: the norm is the same to the bit everywhere.
+    dist.all_reduce(square)
+    norm = square.sqrt()
     if limit > 0 and norm.isfinite():
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        clip_grads_with_norm_(parameters, limit, norm)
     return norm
+
+
+def _copies(tensor: Tensor) -> int:
+    """How many ranks hold the same part of a DTensor."""
+    assert isinstance(tensor, DTensor)
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_replicate())
 
 
 def _shard(tensor: Tensor) -> Tensor:

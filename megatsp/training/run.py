@@ -102,7 +102,7 @@ class Training:
         due = lambda every, i: i == settings.train_iters or (every > 0 and i % every == 0)  # noqa: E731
         try:
             for iteration in range(start + 1, settings.train_iters + 1):
-                result = self.step(iteration, bool(interrupted))
+                result = self.step(iteration, interrupted)
                 interval.add(result)
                 reporter.advance()
                 if due(self.config.logging.log_interval, iteration) or result.interrupted:
@@ -128,8 +128,8 @@ class Training:
         if self.is_first:
             self._sum_up()
 
-    def step(self, iteration: int, interrupted: bool) -> StepResult:
-        """One optimizer step on the next global batch.
+    def step(self, iteration: int, interrupted: list[int]) -> StepResult:
+        """One optimizer step on the next global batch; all ranks agree whether one was interrupted.
 
         Raises:
             ValueError: loss or gradient norm is not finite; nothing was updated.
@@ -138,15 +138,15 @@ class Training:
         indices = self.sampler.indices(self.state.consumed_samples, config.trainer.global_batch_size)
         slices = rank_slices(indices, config.trainer.micro_batch_size, self.axes.dp_rank, self.axes.dp_size)
         batches = [self._local_batch(self.train_data, chosen) for chosen in slices]
-        # All ranks: how many tokens carry loss, so that each token weighs the same; who was interrupted.
-        shared = torch.tensor([float(sum(mask.sum() for *_, mask in batches)), float(interrupted)])
-        shared = _sum_over_ranks(shared.to(self.axes.device))
+        # How many tokens carry loss, over all ranks: so each token weighs the same.
+        loss_tokens = _sum_over_ranks(torch.stack([mask.sum() for *_, mask in batches]).sum())
         losses = []
         for batch in batches:
             token_losses = self.gpt(*batch)
-            (token_losses.sum() / shared[0]).backward()
+            (token_losses.sum() / loss_tokens).backward()
             losses.append(token_losses.detach().sum(1))
-        loss = (_sum_over_ranks(torch.stack(losses).sum()) / shared[0]).item()
+        mine = torch.stack(losses).sum() / loss_tokens
+        loss, stops = _sum_over_ranks(torch.stack([mine, mine.new_tensor(bool(interrupted))])).tolist()
         norm = clip_gradients(self.gpt, config.optimizer.clip_grad).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(self._blame(iteration, loss, norm, indices, slices, losses))
@@ -159,21 +159,25 @@ class Training:
             consumed_tokens=self.state.consumed_tokens + len(indices) * config.trainer.seq_length,
         )
         tokens = len(indices) * config.trainer.seq_length
-        return StepResult(loss, norm, lr, tokens, shared[1].item() > 0)
+        return StepResult(loss, norm, lr, tokens, stops > 0)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Validation loss (nats per token) and bits per byte over the first eval_iters global batches."""
+        """Validation loss (nats per token) and bits per byte.
+
+        Over eval_iters global batches of samples spread evenly over the validation split, or all of it.
+        """
         settings = self.config.trainer
-        count = min(settings.eval_iters * settings.global_batch_size, len(self.valid_data))
+        samples = self.valid_data.spread(settings.eval_iters * settings.global_batch_size)
         total = torch.zeros(3, dtype=torch.float64, device=self.axes.device)  # nats, tokens, bytes
-        for start in range(0, count, settings.global_batch_size):
-            indices = np.arange(start, start + settings.global_batch_size)
-            slices = rank_slices(indices, settings.micro_batch_size, self.axes.dp_rank, self.axes.dp_size)
+        for start in range(0, len(samples), settings.global_batch_size):
+            places = np.arange(start, start + settings.global_batch_size)
+            slices = rank_slices(places, settings.micro_batch_size, self.axes.dp_rank, self.axes.dp_size)
             for chosen in slices:
                 # Past the end a sample is repeated without weight: every rank takes part in every batch.
-                ids, labels, mask = self._local_batch(self.valid_data, np.minimum(chosen, count - 1))
-                mask *= torch.from_numpy(chosen < count).to(mask)[:, None]
+                indices = samples[np.minimum(chosen, len(samples) - 1)]
+                ids, labels, mask = self._local_batch(self.valid_data, indices)
+                mask *= torch.from_numpy(chosen < len(samples)).to(mask)[:, None]
                 total += torch.stack(
                     [
                         self.gpt(ids, labels, mask).sum(dtype=torch.float64),
@@ -254,26 +258,38 @@ class Training:
 
 
 class Interval:
-    """The metrics of the iterations since the last log line. Evaluation and saving are not in its time."""
+    """The metrics of the training steps since the last log line.
+
+    Evaluation and saving, between a step and `restart()`, are not in its time and traffic.
+    """
 
     def __init__(self, config: Config, axes: Axes) -> None:
         self._flops = flops_per_token(config.model, config.trainer.seq_length)
         self._peak, self._axes = peak_tflops(axes.device), axes
-        self._results: list[StepResult] = []
-        self._seconds, self._moved = 0.0, 0
+        self._clear()
         self.restart()
 
+    def _clear(self) -> None:
+        self._results: list[StepResult] = []
+        self._seconds, self._exposed_ms, self._bytes = 0.0, 0.0, 0
+
     def restart(self) -> None:
-        self._since = time.perf_counter()
+        """A step begins now."""
+        traffic = self._axes.tsp.traffic
+        traffic.take_exposed_ms()
+        self._since, self._moved = time.perf_counter(), sum(traffic.bytes.values())
 
     def add(self, result: StepResult) -> None:
+        """A step has ended."""
+        traffic = self._axes.tsp.traffic
         self._results.append(result)
+        self._exposed_ms += traffic.take_exposed_ms()  # synchronises a GPU: the time has the whole step
         self._seconds += time.perf_counter() - self._since
+        self._bytes += sum(traffic.bytes.values()) - self._moved
 
     def take(self, state: RunState) -> dict[str, float | int | None]:
-        """Losses and times are means over the interval, the rest is of its last iteration."""
-        results, traffic = self._results, self._axes.tsp.traffic
-        moved = sum(traffic.bytes.values())
+        """Losses, times and traffic are means over the interval, the rest is of its last iteration."""
+        results = self._results
         rate = sum(r.tokens for r in results) / self._seconds / dist.get_world_size()
         tflops = rate * self._flops / 1e12
         metrics: dict[str, float | int | None] = {
@@ -287,10 +303,10 @@ class Interval:
             "tflops/gpu": tflops,
             "mfu": tflops / self._peak if self._peak else None,
             "memory/peak-gib": peak_memory_gib(self._axes.device),
-            "comm/exposed-ms": traffic.take_exposed_ms() / len(results),
-            "comm/bytes": (moved - self._moved) // len(results),
+            "comm/exposed-ms": self._exposed_ms / len(results),
+            "comm/bytes": self._bytes // len(results),
         }
-        self._results, self._seconds, self._moved = [], 0.0, moved
+        self._clear()
         return metrics
 
 

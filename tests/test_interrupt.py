@@ -1,0 +1,102 @@
+"""Real jobs end as they should: interrupted, with a rank killed, and under torchrun."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import command, overrides, write_corpus
+
+from megatsp.training.logs import read_metrics
+
+TWO_RANKS = ("parallel.tsp=2", "launch.nproc=2", "trainer.micro_batch_size=4")
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """Starts `megatsp train` on the corpus of this test; what still runs at its end is killed."""
+    write_corpus(tmp_path / "corpus")
+    jobs: list[subprocess.Popen] = []
+
+    def start_job(*more: str, **options) -> subprocess.Popen:
+        jobs.append(command("train", *overrides(tmp_path / "corpus", tmp_path, *TWO_RANKS, *more), **options))
+        return jobs[-1]
+
+    yield start_job
+    for job in jobs:
+        job.kill()
+        job.communicate()
+
+
+def metrics(folder: Path) -> list[dict]:
+    path = folder / "run" / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
+
+
+def wait_for_steps(folder: Path, job: subprocess.Popen) -> None:
+    """Until three iterations are logged."""
+    end = time.monotonic() + 120
+    while len(metrics(folder)) < 3:
+        assert time.monotonic() < end and job.poll() is None, job.communicate()
+        time.sleep(0.05)
+
+
+def processes(folder: Path) -> dict[int, str]:
+    """The rank ("" for the launcher) of every process that was started on this test's folder."""
+    found = {}
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and str(folder).encode() in (process / "cmdline").read_bytes():
+                variables = (process / "environ").read_bytes().split(b"\0")
+                rank = next((v for v in variables if v.startswith(b"RANK=")), b"RANK=")
+                found[int(process.name)] = rank.decode().removeprefix("RANK=")
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it has ended meanwhile
+    return found
+
+
+def test_interrupted_it_saves_and_the_same_command_completes(start, tmp_path):
+    job = start("trainer.train_iters=60")
+    wait_for_steps(tmp_path, job)
+    job.send_signal(signal.SIGINT)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 0, err
+    assert err.strip() == "megatsp: finishing this step; Ctrl-C again aborts"
+    stopped = metrics(tmp_path)[-1]["iteration"]
+    assert 3 <= stopped < 60
+    assert f" interrupted: stopped after iteration {stopped}; the same command resumes\n" in out
+    pointer = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert pointer.read_text() == f"{stopped}\n" and processes(tmp_path) == {}
+
+    job = start("trainer.train_iters=60")
+    out, err = job.communicate(timeout=120)
+    assert (job.returncode, err) == (0, "")
+    assert f"resumed after iteration {stopped}; " in out
+    steps = [entry["iteration"] for entry in metrics(tmp_path) if "lm loss" in entry]
+    assert steps == list(range(1, 61)) and pointer.read_text() == "60\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")
+def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):
+    job = start("trainer.train_iters=1000000")
+    wait_for_steps(tmp_path, job)
+    running = processes(tmp_path)
+    assert sorted(running.values()) == ["", "0", "1"]
+    os.kill(next(pid for pid, rank in running.items() if rank == "1"), signal.SIGKILL)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 137
+    assert err.startswith("megatsp: error: rank 1: killed by SIGKILL\n")
+    assert processes(tmp_path) == {}
+
+
+def test_under_torchrun_it_joins(start, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = start("trainer.train_iters=3", prefix=[*torchrun, "-m", "megatsp"])
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    assert "on dp_replicate 1 x dp_shard 1 x tsp 2 (cpu)\n" in out
+    assert [entry["iteration"] for entry in metrics(tmp_path)] == [1, 2, 3, 3]
+    assert (tmp_path / "run" / "checkpoints" / "iter_0000003" / "state.json").is_file()

@@ -1,0 +1,98 @@
+"""What a run reports: metrics.jsonl, the console's lines, Weights & Biases."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatsp.schema import Config, LoggingConfig
+from megatsp.training.logs import Reporter, evaluation_line, iteration_line, read_metrics, wandb_mode
+
+CONFIG = replace(Config(), logging=LoggingConfig(wandb="disabled"))
+
+
+def write(path: Path, *iterations: int, tail: str = "") -> None:
+    path.write_text("".join(json.dumps({"iteration": i, "lm loss": i / 3}) + "\n" for i in iterations) + tail)
+
+
+@pytest.mark.parametrize("tail", ["", '{"iteration": 7, "lm lo', '{"iteration": 6, "lm loss": 9}'])
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 2, 4, 4, 5, tail=tail)
+    reporter = Reporter(CONFIG, tmp_path, 4, "", active=True)
+    reporter.log(5, {"lm loss": 0.5, "mfu": None})
+    text = path.read_text()  # before close(): a line is on disk as soon as it is logged
+    reporter.close()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert lines == [
+        *({"iteration": i, "lm loss": i / 3} for i in (1, 2, 4, 4)),
+        {"iteration": 5, "lm loss": 0.5, "mfu": None},
+    ]
+
+
+def test_a_new_run_begins_empty_and_other_ranks_write_nothing(tmp_path, capsys):
+    silent = Reporter(CONFIG, tmp_path, 0, "", active=False)
+    silent.log(1, {"lm loss": 1.0})
+    silent.say("nothing")
+    silent.advance()
+    silent.close()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+    reporter = Reporter(CONFIG, tmp_path, 0, "", active=True)
+    reporter.say("a line")
+    reporter.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "" and capsys.readouterr().out == "a line\n"
+
+
+def test_a_cut_off_last_line_is_left_out(tmp_path):
+    write(tmp_path / "metrics.jsonl", 1, 2, tail='{"iteration": 3, "lm')
+    assert [entry["iteration"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+NETRC = "machine api.wandb.ai login user password 0123\n"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "environment", "netrc", "mode"),
+    [
+        ("disabled", {"WANDB_API_KEY": "0"}, NETRC, "disabled"),
+        ("offline", {"WANDB_API_KEY": "0"}, "", "offline"),
+        ("online", {"WANDB_MODE": "offline"}, "", "online"),
+        ("auto", {}, "", "offline"),
+        ("auto", {"WANDB_API_KEY": "0"}, "", "online"),
+        ("auto", {"WANDB_API_KEY": "0", "WANDB_MODE": "offline"}, NETRC, "offline"),
+        ("auto", {}, NETRC, "online"),
+        ("auto", {}, "machine example.org login user password 0123\n", "offline"),
+        ("auto", {}, "no netrc at all", "offline"),
+    ],
+)
+def test_wandb_mode(tmp_path, monkeypatch, wanted, environment, netrc, mode):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "netrc").write_text(netrc)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode(wanted) == mode
+
+
+def test_wandb_mode_without_a_netrc(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "absent"))
+    assert wandb_mode("auto") == "offline"
+
+
+def test_console_lines():
+    metrics = {
+        "consumed-samples": 160, "iteration-time-ms": 12.34, "tokens/s/gpu": 1234.5, "tflops/gpu": 0.25,
+        "learning-rate": 3e-4, "lm loss": 2.5, "grad-norm": 0.75,
+    }  # fmt: skip
+    assert iteration_line(10, 100, 16, metrics) == (
+        " iteration       10/     100 | consumed samples:          160 | elapsed time per iteration (ms): "
+        "12.3 | tokens/s/gpu: 1234 | throughput per GPU (TFLOP/s/GPU): 0.250 | learning rate: 3.000000E-04"
+        " | global batch size:    16 | lm loss: 2.500000E+00 | grad norm: 0.750 |"
+    )
+    assert evaluation_line(10, {"val/lm loss": 2.5, "val/bits-per-byte": 3.6067}) == (
+        " validation loss at iteration 10 | lm loss: 2.500000E+00 | bits per byte: 3.6067"
+    )
