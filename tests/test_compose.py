@@ -31,7 +31,7 @@ def test_no_override_gives_the_schemas_defaults():
 
 def test_a_group_a_key_and_an_experiment():
     config = compose(["experiment=quickstart", "parallel.tsp=4", "trainer.train_iters=50", "optimizer.lr=1"])
-    assert (config.name, config.model.hidden_size, config.launch.nproc) == ("quickstart", 192, 2)
+    assert (config.name, config.scheduler.lr_warmup_iters, config.launch.nproc) == ("quickstart", 20, 2)
     assert (config.parallel.tsp, config.trainer.train_iters) == (4, 50)
     assert type(config.optimizer.lr) is float  # a whole number is a number
     assert compose(["model=gpt_7b", "model.num_layers=2"]).model == replace(
