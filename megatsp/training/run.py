@@ -2,10 +2,9 @@
 
 import math
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -23,10 +22,9 @@ from megatsp.model.parallelize import build_model
 from megatsp.schema import Config
 from megatsp.training import checkpoint
 from megatsp.training.checkpoint import RunState
-from megatsp.training.flops import flops_per_token, peak_tflops
 from megatsp.training.folder import find_checkpoint, run_folder
+from megatsp.training.interval import Interval, StepResult
 from megatsp.training.logs import Reporter, evaluation_line, iteration_line, read_metrics
-from megatsp.training.memory import peak_memory_gib
 from megatsp.training.optimizer import AdamW, clip_gradients
 from megatsp.training.plot import plot_loss
 from megatsp.training.schedule import learning_rate
@@ -51,17 +49,6 @@ def train(config: Config) -> None:
             Training(config, device).run(interrupted)
     finally:
         dist.destroy_process_group()
-
-
-@dataclass
-class StepResult:
-    """One optimizer step, as all ranks know it."""
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    interrupted: bool
 
 
 class Training:
@@ -152,13 +139,13 @@ class Training:
             raise ValueError(self._blame(iteration, loss, norm, indices, slices, losses))
         lr = learning_rate(iteration, config.optimizer, config.scheduler)
         self.optimizer.step(lr)
+        tokens = len(indices) * config.trainer.seq_length
         self.state = replace(
             self.state,
             iteration=iteration,
             consumed_samples=self.state.consumed_samples + len(indices),
-            consumed_tokens=self.state.consumed_tokens + len(indices) * config.trainer.seq_length,
+            consumed_tokens=self.state.consumed_tokens + tokens,
         )
-        tokens = len(indices) * config.trainer.seq_length
         return StepResult(loss, norm, lr, tokens, stops > 0)
 
     @torch.no_grad()
@@ -255,59 +242,6 @@ class Training:
             f" metrics:    {self.folder / 'metrics.jsonl'}\n plot:       {self.folder / 'loss.png'}",
             flush=True,
         )
-
-
-class Interval:
-    """The metrics of the training steps since the last log line.
-
-    Evaluation and saving, between a step and `restart()`, are not in its time and traffic.
-    """
-
-    def __init__(self, config: Config, axes: Axes) -> None:
-        self._flops = flops_per_token(config.model, config.trainer.seq_length)
-        self._peak, self._axes = peak_tflops(axes.device), axes
-        self._clear()
-        self.restart()
-
-    def _clear(self) -> None:
-        self._results: list[StepResult] = []
-        self._seconds, self._exposed_ms, self._bytes = 0.0, 0.0, 0
-
-    def restart(self) -> None:
-        """A step begins now."""
-        traffic = self._axes.tsp.traffic
-        traffic.take_exposed_ms()
-        self._since, self._moved = time.perf_counter(), sum(traffic.bytes.values())
-
-    def add(self, result: StepResult) -> None:
-        """A step has ended."""
-        traffic = self._axes.tsp.traffic
-        self._results.append(result)
-        self._exposed_ms += traffic.take_exposed_ms()  # synchronises a GPU: the time has the whole step
-        self._seconds += time.perf_counter() - self._since
-        self._bytes += sum(traffic.bytes.values()) - self._moved
-
-    def take(self, state: RunState) -> dict[str, float | int | None]:
-        """Losses, times and traffic are means over the interval, the rest is of its last iteration."""
-        results = self._results
-        rate = sum(r.tokens for r in results) / self._seconds / dist.get_world_size()
-        tflops = rate * self._flops / 1e12
-        metrics: dict[str, float | int | None] = {
-            "consumed-samples": state.consumed_samples,
-            "consumed-tokens": state.consumed_tokens,
-            "lm loss": sum(r.loss for r in results) / len(results),
-            "grad-norm": results[-1].grad_norm,
-            "learning-rate": results[-1].learning_rate,
-            "iteration-time-ms": 1e3 * self._seconds / len(results),
-            "tokens/s/gpu": rate,
-            "tflops/gpu": tflops,
-            "mfu": tflops / self._peak if self._peak else None,
-            "memory/peak-gib": peak_memory_gib(self._axes.device),
-            "comm/exposed-ms": self._exposed_ms / len(results),
-            "comm/bytes": self._bytes // len(results),
-        }
-        self._clear()
-        return metrics
 
 
 def load_data(config: Config, tokenizer: Tokenizer) -> tuple[GPTDataset, GPTDataset]:

@@ -109,11 +109,14 @@ class _GatherGradients:
 
 
 class _OwnerTable:
-    """Layout `owner`: rank r holds columns r of every h-major matrix, as DTensor's Shard cuts them."""
+    """Layout `owner`: rank r holds columns r of every h-major matrix, as DTensor's Shard cuts them.
+
+    A bucket lies in memory as its rows, [R, h], so that an owner's columns are contiguous.
+    """
 
     def __init__(self, part: Part, comm: Comm) -> None:
+        self._part, self._rank = part, comm.rank
         self._chunks = [-(-matrix.columns // comm.size) for matrix in part.matrices]
-        self.part, self.rank = part, comm.rank
 
     def by_owner(self, span: Span) -> list[tuple[int, Span]]:
         """The span cut where the owner changes, in order."""
@@ -125,19 +128,33 @@ class _OwnerTable:
             start = stop
         return pieces
 
-    def local_rows(self, shards: Sequence[Tensor], span: Span) -> Tensor:
+    def new_rows(self, like: Sequence[Tensor], bucket: Bucket, dtype: torch.dtype) -> Tensor:
+        """An uninitialised [R, h]; `like`: the shards, for h and the device."""
+        h = like[0].shape[self._part.matrices[0].h_dim]
+        return like[0].new_empty(width(bucket), h, dtype=dtype)
+
+    def read(self, shards: Sequence[Tensor], spans: Sequence[Span], rows: Tensor) -> None:
+        """Fills `rows` with these spans of this rank's own shards."""
+        for span, target in zip(spans, rows.split([s.width for s in spans]), strict=True):
+            target.copy_(self._own(shards, span))
+
+    def write(self, shards: Sequence[Tensor], spans: Sequence[Span], rows: Tensor) -> None:
+        """Puts `rows` into these spans of this rank's own shards."""
+        for span, source in zip(spans, rows.split([s.width for s in spans]), strict=True):
+            self._own(shards, span).copy_(source)
+
+    def _own(self, shards: Sequence[Tensor], span: Span) -> Tensor:
         """This rank's own piece, as [columns, h]."""
-        first = self.rank * self._chunks[span.matrix]
-        whole = h_major(shards[span.matrix], self.part.matrices[span.matrix])
+        first = self._rank * self._chunks[span.matrix]
+        whole = h_major(shards[span.matrix], self._part.matrices[span.matrix])
         return whole[:, span.start - first : span.stop - first].t()
 
 
 class Broadcast:
     """Layout `owner`, any number of buckets: each owner broadcasts its pieces of the bucket.
 
-    A bucket lies in memory as [R, h], so that an owner's piece is contiguous. Where buckets and
-    owners coincide it is one broadcast; a piece cut by the head borders costs one more. The
-    gradient goes home by reductions to the same owners.
+    Where buckets and owners coincide it is one broadcast; a piece cut by the borders of shards
+    costs one more. The gradient goes home by reductions to the same owners.
     """
 
     def __init__(self, part: Part, comm: Comm, dtype: torch.dtype) -> None:
@@ -163,18 +180,14 @@ class Broadcast:
 
     def post(self, step: int, weights: Sequence[Tensor], previous: Tensor | None) -> Pending:
         del previous
-        h = weights[0].shape[self.part.matrices[0].h_dim]
-        buffer = weights[0].new_empty(width(self.part.buckets[step]), h, dtype=self.dtype)
+        rows = self.table.new_rows(weights, self.part.buckets[step], self.dtype)
         works = []
         for owner, start, stop, spans in self.pieces(step):
             if owner == self.comm.rank:
-                targets = buffer[start:stop].split([s.width for s in spans])
-                for target, span in zip(targets, spans, strict=True):
-                    target.copy_(self.table.local_rows(weights, span))
+                self.table.read(weights, spans, rows[start:stop])
             if self.comm.size > 1:
-                label = f"{self.part.label}/weights"
-                works.append(self.comm.broadcast(buffer[start:stop], owner, label))
-        return Pending(buffer.t(), works, self.comm.traffic, [buffer])
+                works.append(self.comm.broadcast(rows[start:stop], owner, f"{self.part.label}/weights"))
+        return Pending(rows.t(), works, self.comm.traffic, [rows])
 
     def gradients(self, weights: Sequence[Tensor]) -> Gradients:
         return _BroadcastGradients(self, weights)
@@ -183,13 +196,12 @@ class Broadcast:
 class _BroadcastGradients:
     def __init__(self, transport: Broadcast, weights: Sequence[Tensor]) -> None:
         self._transport = transport
-        self._h = weights[0].shape[transport.part.matrices[0].h_dim]
         self._shards = [torch.empty_like(w, dtype=torch.float32) for w in weights]
         self._in_flight: tuple[int, Pending] | None = None
 
     def buffer(self, step: int) -> Tensor:
-        rows = width(self._transport.part.buckets[step])
-        return self._shards[0].new_empty(rows, self._h).t()
+        bucket = self._transport.part.buckets[step]
+        return self._transport.table.new_rows(self._shards, bucket, torch.float32).t()
 
     def send(self, step: int, gradient: Tensor) -> None:
         self._land()
@@ -208,9 +220,7 @@ class _BroadcastGradients:
         rows = pending.wait()
         for owner, start, stop, spans in self._transport.pieces(step):
             if owner == self._transport.comm.rank:
-                sources = rows[start:stop].split([s.width for s in spans])
-                for span, source in zip(spans, sources, strict=True):
-                    self._transport.table.local_rows(self._shards, span).copy_(source)
+                self._transport.table.write(self._shards, spans, rows[start:stop])
         self._in_flight = None
 
     def finish(self) -> list[Tensor]:
@@ -239,14 +249,12 @@ class Ring:
 
     def post(self, step: int, weights: Sequence[Tensor], previous: Tensor | None) -> Pending:
         bucket = self.part.buckets[self.bucket(step)]
-        h = weights[0].shape[self.part.matrices[0].h_dim]
-        buffer = weights[0].new_empty(width(bucket), h, dtype=self.dtype)
+        rows = self.table.new_rows(weights, bucket, self.dtype)
         if step % self.comm.size == 0:  # the round starts with this rank's own
-            for target, span in zip(buffer.split([s.width for s in bucket]), bucket, strict=True):
-                target.copy_(self.table.local_rows(weights, span))
-            return Pending(buffer.t())
+            self.table.read(weights, bucket, rows)
+            return Pending(rows.t())
         assert previous is not None
-        return self.comm.shift(previous.t(), buffer, f"{self.part.label}/weights").then(Tensor.t)
+        return self.comm.shift(previous.t(), rows, f"{self.part.label}/weights").then(Tensor.t)
 
     def gradients(self, weights: Sequence[Tensor]) -> Gradients:
         return _RingGradients(self, weights)
@@ -255,34 +263,31 @@ class Ring:
 class _RingGradients:
     def __init__(self, transport: Ring, weights: Sequence[Tensor]) -> None:
         self._transport = transport
-        self._h = weights[0].shape[transport.part.matrices[0].h_dim]
         self._shards = [torch.empty_like(w, dtype=torch.float32) for w in weights]
         self._sum: TravellingSum | None = None
 
-    def _rows(self, step: int) -> int:
-        return width(self._transport.part.buckets[self._transport.bucket(step)])
+    def _bucket(self, step: int) -> Bucket:
+        return self._transport.part.buckets[self._transport.bucket(step)]
 
     def buffer(self, step: int) -> Tensor:
-        return self._shards[0].new_empty(self._rows(step), self._h).t()
+        return self._transport.table.new_rows(self._shards, self._bucket(step), torch.float32).t()
 
     def send(self, step: int, gradient: Tensor) -> None:
-        ring = self._transport
+        ring, rows = self._transport, gradient.t()
         round_, hop = divmod(step, ring.comm.size)
         if hop == 0:
             self._land(round_ - 1)
             self._sum = TravellingSum(ring.comm, f"{ring.part.label}/gradients")
         assert self._sum is not None
         last = hop == ring.comm.size - 1  # then this rank's own comes home
-        arriving = self._rows(round_ * ring.comm.size if last else step + 1)
-        self._sum.add(hop, gradient.t(), (arriving, self._h))
+        arriving = self._bucket(round_ * ring.comm.size if last else step + 1)
+        self._sum.add(hop, rows, (width(arriving), rows.shape[1]))
 
     def _land(self, round_: int) -> None:
         if self._sum is None:
             return
-        bucket = self._transport.part.buckets[self._transport.bucket(round_ * self._transport.comm.size)]
-        sources = self._sum.total().split([s.width for s in bucket])
-        for span, source in zip(bucket, sources, strict=True):
-            self._transport.table.local_rows(self._shards, span).copy_(source)
+        own = self._bucket(round_ * self._transport.comm.size)
+        self._transport.table.write(self._shards, own, self._sum.total())
         self._sum = None
 
     def finish(self) -> list[Tensor]:

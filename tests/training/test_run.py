@@ -19,8 +19,8 @@ from megatsp.data.dataset import GPTDataset, Sampler, load_batch
 from megatsp.data.tokenizer import ByteTokenizer
 from megatsp.schema import Config
 from megatsp.training.checkpoint import LATEST, read_state
+from megatsp.training.interval import Interval
 from megatsp.training.logs import read_metrics
-from megatsp.training.run import Interval
 
 # By name: the ranks, and what differs from a run on one rank.
 MESHES: dict[str, tuple[int, list[str]]] = {
