@@ -113,6 +113,10 @@ def _generate(arguments: list[str]) -> int:
     for name in ("tokens", "nproc"):
         if getattr(given, name) < 1:
             raise ValueError(f"--{name} {getattr(given, name)}: must be at least 1")
+    if not 0 <= given.seed < 2**63:
+        raise ValueError(f"--seed {given.seed}: must be in [0, 2^63)")
+    if not given.prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in given.prompt):
+        raise ValueError("--prompt is not valid UTF-8")
     if not 0 <= given.temperature < float("inf"):
         raise ValueError(f"--temperature {given.temperature}: must be in [0, inf)")
     if "RANK" not in os.environ:

@@ -6,7 +6,7 @@ from difflib import SequenceMatcher
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
     """The end of an error message: "; did you mean A or B?", or nothing where no valid word is near."""
-    likeness = {other: SequenceMatcher(None, word, other).ratio() for other in valid}
+    likeness = {other: SequenceMatcher(None, word.lower(), other.lower()).ratio() for other in valid}
     best = max(likeness.values(), default=0.0)
     if best < 0.6:
         return ""

@@ -13,13 +13,24 @@ python data/python_stdlib/prepare.py --output "$data"
 megatsp train experiment=quickstart "$@" name=quickstart
 
 echo
-echo "Validation, bits per byte (lower is better):"
-# The same 64 validation samples for both: eval_iters 4 x global_batch_size 16.
-python -m megatsp.data.bigram --data "$data" --seq-length 256 --samples 64 | sed 's/^/  byte bigram, same training text: /'
-python - "$run/metrics.jsonl" <<'PY'
-import json, sys
-scores = [entry["val/bits-per-byte"] for line in open(sys.argv[1]) if "val/bits-per-byte" in (entry := json.loads(line))]
-print(f"  this GPT:                        {scores[-1]:.4f}")
+echo "Validation, bits per byte (lower is better), over the same samples:"
+python - "$run" <<'PY'
+import sys
+from pathlib import Path
+
+from megatsp.compose import from_yaml
+from megatsp.data.bigram import bits_per_byte
+from megatsp.data.tokenizer import load_tokenizer
+from megatsp.training.logs import read_metrics
+from megatsp.training.run import load_data
+
+run = Path(sys.argv[1])
+config = from_yaml((run / "config.yaml").read_text())
+train, valid = load_data(config, load_tokenizer(config.data.tokenizer))
+samples = min(config.trainer.eval_iters * config.trainer.global_batch_size, len(valid))
+scores = [e["val/bits-per-byte"] for e in read_metrics(run / "metrics.jsonl") if "val/bits-per-byte" in e]
+print(f"  byte bigram, fitted on the same training text: {bits_per_byte(train, valid, samples):.4f}")
+print(f"  this GPT:                                      {scores[-1]:.4f}")
 PY
 
 echo

@@ -35,6 +35,8 @@ def work():
     if mode == "success":
         return 0
     while rank == 1 and mode != "graceful":
+        while not (folder / "ready0").exists():  # else rank 0 may be ended before it has written it
+            time.sleep(0.01)
         if mode == "exception":
             raise RuntimeError("broken on purpose")
         if mode == "status":

@@ -62,6 +62,11 @@ def test_bf16_error_is_at_most_twice_the_dense_one(tsp):
     check(found, tsp, lambda c: {k: 2 * v + 1e-6 for k, v in dense_errors(c).items()})
 
 
+def test_bf16_data_parallel_over_tsp():
+    found = [case(2, "full", "bf16", tsp_layout=layout, dp_shard=2) for layout in ("hidden", "owner")]
+    check(found, 4, lambda c: {k: 2 * v + 1e-6 for k, v in dense_errors(c).items()})
+
+
 @pytest.mark.parametrize("layout", ["hidden", "owner"])
 @pytest.mark.parametrize(("replicate", "shard"), [(1, 2), (2, 1), (2, 2)])
 def test_data_parallel_over_tsp(layout, replicate, shard):

@@ -193,11 +193,6 @@ class Sampler:
         return self._order
 
 
-def global_batch_indices(sampler: Sampler, consumed_samples: int, global_batch_size: int) -> np.ndarray:
-    """Samples of the global batch that follows `consumed_samples`, int64 [global_batch_size]."""
-    return sampler.indices(consumed_samples, global_batch_size)
-
-
 def rank_slices(indices: np.ndarray, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[np.ndarray]:
     """The micro-batches of one data-parallel rank, each int64 [micro_batch_size].
 

@@ -60,7 +60,12 @@ def build_model(config: Config, axes: Axes) -> GPT:
 
     Parameters are fp32 DTensors over the mesh (tsp alone, or dp axes and tsp), named and shaped
     as in a Hugging Face state dict.
+
+    Raises:
+        ValueError: a dtype or head width that a GPU's flash attention does not take.
     """
+    if axes.device.type == "cuda":
+        _check_gpu(config)
     with torch.device("meta"):
         gpt = GPT(config.model)
     _shard(gpt, config.parallel.tsp_layout, axes)
@@ -70,6 +75,16 @@ def build_model(config: Config, axes: Axes) -> GPT:
     _initialise(gpt, config, axes)
     _attach_streams(gpt, config, axes)
     return gpt
+
+
+def _check_gpu(config: Config) -> None:
+    if config.trainer.dtype == "fp32":
+        raise ValueError("trainer.dtype=fp32: flash attention on a GPU needs bf16, or use launch.device=cpu")
+    if config.model.kv_channels % 8 or config.model.kv_channels > 256:
+        raise ValueError(
+            f"model.kv_channels={config.model.kv_channels}: flash attention on a GPU takes multiples of 8 "
+            "up to 256, or use launch.device=cpu"
+        )
 
 
 def _shard(gpt: GPT, layout: str, axes: Axes) -> None:
@@ -85,8 +100,9 @@ def _shard(gpt: GPT, layout: str, axes: Axes) -> None:
 def _apply_fsdp(gpt: GPT, dtype: torch.dtype, axes: Axes) -> None:
     """FSDP2 over dp_shard, replicas over dp_replicate; one unit a layer, one for the rest.
 
-    Weights travel over dp in the compute dtype, gradients in fp32, summed: the loss is already
-    divided by the global number of tokens.
+    Weights travel over dp in the compute dtype. Gradients, summed over tsp in fp32, take the compute
+    dtype once (FSDP2's parameter has it) and are summed over dp in fp32; not averaged: the loss is
+    already divided by the global number of tokens.
     """
     shards = axes.mesh["dp_shard"].size()
 
@@ -105,6 +121,13 @@ def _apply_fsdp(gpt: GPT, dtype: torch.dtype, axes: Axes) -> None:
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def reshard(gpt: GPT) -> None:
+    """Back to the sharded fp32 parameters, where a forward without a backward left gathered ones."""
+    for module in gpt.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

@@ -16,25 +16,29 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 LATEST = "latest_checkpointed_iteration.txt"
+_OTHER = f"restore it, or write the iteration of another checkpoint into {LATEST} beside it"
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, beside its tensors."""
+    """Where a run stands, beside its tensors. files: of the checkpoint, with their sizes in bytes."""
 
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     wandb_run_id: str = ""
+    files: dict[str, int] = field(default_factory=dict, compare=False)
 
 
 def folder_of(checkpoints: Path, iteration: int) -> Path:
@@ -71,7 +75,8 @@ def save(
     temporary = folder.with_name(folder.name + ".tmp")
     is_first = dist.get_rank() == 0
     if is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for stale in checkpoints.glob("iter_*.tmp"):  # of a save that was cut off
+            shutil.rmtree(stale)
         temporary.mkdir(parents=True)
     dist.barrier()
     with _expected_warnings():
@@ -80,8 +85,10 @@ def save(
             storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
         )
     if is_first:
-        for name, text in {**texts, "state.json": json.dumps(asdict(state), indent=2) + "\n"}.items():
+        for name, text in texts.items():
             (temporary / name).write_text(text)
+        state = replace(state, files={f.name: f.stat().st_size for f in sorted(temporary.iterdir())})
+        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
@@ -96,12 +103,17 @@ def load(folder: Path, model: nn.Module, tensors: dict[str, Tensor]) -> RunState
     """Fills the model and `tensors` in place, on all ranks, from any mesh's checkpoint.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor, or has one of another shape.
+        ValueError: the checkpoint lacks a file, or one has another size or cannot be read; it lacks a
+            tensor, or has one of another shape.
     """
+    state = read_state(folder)
     wanted = _all_tensors(model, tensors)
     reader = HuggingFaceStorageReader(str(folder))
     with _expected_warnings():
-        found = reader.read_metadata().state_dict_metadata
+        try:
+            found = reader.read_metadata().state_dict_metadata
+        except SafetensorError as error:
+            raise ValueError(f"{folder} is damaged: {error}; {_OTHER}") from error
         shapes = {name: getattr(found.get(name), "size", None) for name in wanted}
         wrong = [
             f"{name}: wanted {tuple(tensor.shape)}, found {tuple(size) if size is not None else 'nothing'}"
@@ -113,11 +125,25 @@ def load(folder: Path, model: nn.Module, tensors: dict[str, Tensor]) -> RunState
                 f"{folder} does not fit this model; {len(wrong)} tensors differ: " + "; ".join(wrong[:8])
             )
         dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
-    return read_state(folder)
+    return state
 
 
 def read_state(folder: Path) -> RunState:
-    return RunState(**json.loads((folder / "state.json").read_text()))
+    """The checkpoint's state, once its files are found to be whole.
+
+    Raises:
+        ValueError: state.json cannot be read, or a file is missing or of another size.
+    """
+    try:
+        state = RunState(**json.loads((folder / "state.json").read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/state.json is damaged: {error}; {_OTHER}") from error
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    for name, size in state.files.items():
+        if sizes.get(name) != size:
+            found = f"has {sizes[name]} bytes" if name in sizes else "is missing"
+            raise ValueError(f"{folder} is damaged: {name}, of {size} bytes, {found}; {_OTHER}")
+    return state
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -132,6 +158,8 @@ def replace_text(path: Path, text: str) -> None:
 def _all_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     assert not weights.keys() & tensors.keys()
+    # Not the compute dtype's copies, which FSDP shows while a module is gathered.
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
     return {**weights, **tensors}
 
 

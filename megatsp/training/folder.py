@@ -1,5 +1,9 @@
 """The run's folder: made, resumed or refused, never clobbered."""
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -7,6 +11,8 @@ from typing import Any
 from megatsp.compose import from_yaml
 from megatsp.schema import Config
 from megatsp.training import checkpoint
+
+LOCK = ".lock"
 
 # A resumed run may change anything but these: they decide the model, or which sample comes next.
 FROZEN = ("model", "data", "optimizer.name", "trainer.seq_length", "trainer.seed")
@@ -16,19 +22,26 @@ def find_checkpoint(config: Config) -> Path | None:
     """The checkpoint that a run of this name goes on from; None if the run is new.
 
     Raises:
-        ValueError: the folder holds something else: a run without a checkpoint, a run of another
-            model or data, or no run at all.
+        ValueError: the folder holds something else: a run that logged but saved no checkpoint, a run of
+            another model or data, or no run at all.
     """
     folder = run_folder(config)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} exists and is not a run of megatsp: choose another name= or output_dir=")
+    if not folder.exists() or {file.name for file in folder.iterdir()} <= {LOCK}:
         return None
     fix = f"choose another name= (or output_dir=), or remove {folder} yourself"
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} exists and is not a run of megatsp: {fix}")
     found = checkpoint.latest(folder / "checkpoints")
     if found is None:
+        if not _has_metrics(folder):
+            return None  # it ended before its first log line: there is nothing to lose
         raise ValueError(f"{folder} holds a run that has no checkpoint to resume from: {fix}")
-    old = from_yaml((found / "config.yaml").read_text())
+    saved = found / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(f"{found} is damaged: config.yaml is missing; restore it, or {fix}")
+    old = from_yaml(saved.read_text())
     changed = [
         f"{path}: {before!r} there, {now!r} now"
         for key in FROZEN
@@ -39,6 +52,39 @@ def find_checkpoint(config: Config) -> Path | None:
             f"{folder} holds another run; it differs in {'; '.join(changed)}. To start anew, {fix}"
         )
     return found
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Makes the folder if need be and keeps other runs out of it.
+
+    Raises:
+        ValueError: another process trains there, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another output_dir=") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        with file:
+            file.seek(0)
+            other = file.read().strip()
+        raise ValueError(
+            f"process {other} trains in {folder} already: wait for it, or choose another name="
+        ) from error
+    with file:
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _has_metrics(folder: Path) -> bool:
+    path = folder / "metrics.jsonl"
+    return path.is_file() and path.stat().st_size > 0
 
 
 def run_folder(config: Config) -> Path:

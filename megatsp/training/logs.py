@@ -36,10 +36,10 @@ class Reporter:
         self._run: Any = None
         if not active:
             return
+        self._start_wandb(config, folder)
         path = folder / "metrics.jsonl"
         _drop_after(path, iteration)
         self._file = path.open("a", buffering=1)
-        self._start_wandb(config, folder)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=self._total, initial=iteration, unit="it", disable=not on_terminal)
 
@@ -51,17 +51,23 @@ class Reporter:
 
         self.wandb_run_id = self.wandb_run_id or secrets.token_hex(4)
         logging.getLogger("wandb").setLevel(logging.ERROR)
-        self._run = wandb.init(
-            project=config.logging.wandb_project,
-            entity=config.logging.wandb_entity or None,
-            name=config.name,
-            id=self.wandb_run_id,
-            resume="allow",
-            mode=mode,  # type: ignore[arg-type]
-            dir=folder,
-            config=asdict(config),
-            settings=wandb.Settings(silent=True),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.logging.wandb_project,
+                entity=config.logging.wandb_entity or None,
+                name=config.name,
+                id=self.wandb_run_id,
+                resume="allow",
+                mode=mode,  # type: ignore[arg-type]
+                dir=folder,
+                config=asdict(config),
+                settings=wandb.Settings(silent=True),
+            )
+        except (wandb.Error, TimeoutError) as error:
+            raise ValueError(
+                f"Weights & Biases did not start ({mode}): {error}. Check WANDB_API_KEY, or use "
+                "logging.wandb=offline or disabled"
+            ) from error
 
     def log(self, iteration: int, metrics: Metrics) -> None:
         """One line of metrics.jsonl, and the same to W&B."""
@@ -95,8 +101,10 @@ def wandb_mode(wanted: str) -> str:
     """online, offline or disabled: what is set, then WANDB_MODE, then whether there is an API key."""
     if wanted != "auto":
         return wanted
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
+    if mode := os.environ.get("WANDB_MODE"):
+        if mode not in ("online", "offline", "disabled"):
+            raise ValueError(f"WANDB_MODE={mode}: use online, offline or disabled, or unset it")
+        return mode
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     try:
@@ -131,13 +139,23 @@ def evaluation_line(iteration: int, metrics: Metrics) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; a last line that was cut off is left out."""
-    entries = []
-    for line in path.read_text().splitlines():
+    """The entries of a metrics.jsonl; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: another line is no entry.
+    """
+    entries: list[dict[str, Any]] = []
+    text = path.read_text(errors="replace")
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError:
-            break
+            entry = None
+        if isinstance(entry, dict) and "iteration" in entry:
+            entries.append(entry)
+        elif number < len(lines) or text.endswith("\n"):
+            raise ValueError(f"{path}, line {number}, is no entry of metrics: mend it, or move the file away")
     return entries
 
 

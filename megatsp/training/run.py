@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -18,11 +18,11 @@ from megatsp.compose import to_yaml
 from megatsp.data.dataset import GPTDataset, Sampler, load_batch, rank_slices
 from megatsp.data.tokenizer import Tokenizer, load_tokenizer
 from megatsp.model.gpt import GPT
-from megatsp.model.parallelize import build_model
+from megatsp.model.parallelize import build_model, reshard
 from megatsp.schema import Config
 from megatsp.training import checkpoint
 from megatsp.training.checkpoint import RunState
-from megatsp.training.folder import find_checkpoint, run_folder
+from megatsp.training.folder import find_checkpoint, lock, run_folder
 from megatsp.training.interval import Interval, StepResult
 from megatsp.training.logs import Reporter, evaluation_line, iteration_line, read_metrics
 from megatsp.training.optimizer import AdamW, clip_gradients
@@ -61,15 +61,15 @@ class Training:
         self.bytes_per_token = torch.from_numpy(self.tokenizer.bytes_per_token()).to(device)
         self.sampler = Sampler(config.trainer.seed, len(self.train_data))
         self.folder = run_folder(config)
-        resumed_from = find_checkpoint(config)
+        self.resumed_from = find_checkpoint(config)
         dist.barrier()  # every rank has looked before one writes
         self.axes = Axes.build(config.parallel, device)
         self.gpt: GPT = build_model(config, self.axes)
         self.optimizer = AdamW(self.gpt, config.optimizer)
         self.state = RunState()
         self.saved_at = 0
-        if resumed_from is not None:
-            self.state = checkpoint.load(resumed_from, self.gpt, self.optimizer.tensors())
+        if self.resumed_from is not None:
+            self.state = checkpoint.load(self.resumed_from, self.gpt, self.optimizer.tensors())
             self.optimizer.loaded(self.state.iteration)
             self.saved_at = self.state.iteration
         self.is_first = dist.get_rank() == 0
@@ -81,7 +81,15 @@ class Training:
             if self.is_first:
                 print(f"{self.folder} is at iteration {start} already; to go on, raise trainer.train_iters")
             return
-        self._open_folder()
+        with lock(self.folder) if self.is_first else nullcontext():
+            self._open_folder()
+            self._loop(start, interrupted)
+        if self.is_first:
+            self._sum_up()
+
+    def _loop(self, start: int, interrupted: list[int]) -> None:
+        """Steps, evaluations, log lines and checkpoints after iteration `start`."""
+        settings = self.config.trainer
         reporter = Reporter(self.config, self.folder, start, self.state.wandb_run_id, self.is_first)
         self.state = replace(self.state, wandb_run_id=_from_first(reporter.wandb_run_id))
         reporter.say(self._greeting(start))
@@ -112,8 +120,6 @@ class Training:
                     break
         finally:
             reporter.close()
-        if self.is_first:
-            self._sum_up()
 
     def step(self, iteration: int, interrupted: list[int]) -> StepResult:
         """One optimizer step on the next global batch; all ranks agree whether one was interrupted.
@@ -172,6 +178,7 @@ class Training:
                         (self.bytes_per_token[labels] * mask).sum(dtype=torch.float64),
                     ]
                 )
+        reshard(self.gpt)
         nats, tokens, num_bytes = _sum_over_ranks(total).tolist()
         return {"val/lm loss": nats / tokens, "val/bits-per-byte": nats / math.log(2) / num_bytes}
 
@@ -196,7 +203,8 @@ class Training:
 
     def _open_folder(self) -> None:
         if self.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if find_checkpoint(self.config) != self.resumed_from:
+                raise ValueError(f"another run saved into {self.folder} meanwhile: start again")
             checkpoint.replace_text(self.folder / "config.yaml", to_yaml(self.config))
         dist.barrier()
 

@@ -7,7 +7,6 @@ import torch
 from megatsp.data.dataset import (
     GPTDataset,
     Sampler,
-    global_batch_indices,
     load_batch,
     rank_slices,
     split_documents,
@@ -182,7 +181,7 @@ def test_sampler_errors() -> None:
 
 @pytest.mark.parametrize("micro_batch_size, dp_size", [(1, 1), (2, 3), (3, 2), (4, 3), (1, 12), (12, 1)])
 def test_ranks_share_a_global_batch_that_does_not_depend_on_them(micro_batch_size: int, dp_size: int) -> None:
-    batch = global_batch_indices(Sampler(seed=7, num_samples=50), consumed_samples=45, global_batch_size=12)
+    batch = Sampler(seed=7, num_samples=50).indices(consumed=45, count=12)
     assert np.array_equal(batch, Sampler(seed=7, num_samples=50).indices(0, 57)[45:])
     slices = [rank_slices(batch, micro_batch_size, rank, dp_size) for rank in range(dp_size)]
     for rank, micro_batches in enumerate(slices):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from megatsp_kernels.attention import attention_backward, attention_forward
+from megatsp_kernels.attention import attention_backward, attention_forward, op
 from megatsp_kernels.attention.reference import attention
 from torch import Tensor
 
@@ -94,3 +94,24 @@ def test_causal_needs_as_many_queries_as_keys():
     q, k = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 6, 8)
     with pytest.raises(ValueError, match="causal attention needs as many queries as keys; got 5 and 6"):
         attention_forward(q, k, k, True, SCALE)
+
+
+def test_a_strided_log_sum_exp_reaches_the_kernel_contiguous(monkeypatch):
+    """A GPU's kernel reads it by pointer and does not look at strides."""
+    q, k, v, dout = inputs((4, 4, 13, 13, 8, True))
+    out, lse = attention_forward(q, k, v, False, SCALE)
+    seen = []
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    class Spy:
+        @staticmethod
+        def _scaled_dot_product_flash_attention_for_cpu_backward(*arguments, **options):
+            seen.append(arguments[5])
+            return kernel(*arguments, **options)
+
+    monkeypatch.setattr(op, "_aten", Spy)
+    later = slice(6, None)
+    strided = lse.contiguous()[..., later]
+    assert not strided.is_contiguous()
+    attention_backward(dout[:, :, later], q[:, :, later], k, v, out[:, :, later], strided, False, SCALE)
+    assert [t.is_contiguous() for t in seen] == [True]

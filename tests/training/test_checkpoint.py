@@ -15,7 +15,7 @@ from runs import files, full_state, overrides, start_training, write_corpus
 from megatsp.compose import compose
 from megatsp.schema import Config
 from megatsp.training import checkpoint
-from megatsp.training.checkpoint import LATEST, RunState, folder_of
+from megatsp.training.checkpoint import LATEST, RunState, folder_of, read_state
 
 State = dict[str, torch.Tensor]
 
@@ -107,7 +107,27 @@ def test_the_folder_is_complete_and_plain(saved):
     suffixes = {path.suffix for path in checkpoints.rglob("*") if path.is_file()}
     assert suffixes == {".safetensors", ".json", ".yaml", ".txt"}
     state = json.loads((checkpoints / "iter_0000002" / "state.json").read_text())
+    sizes = {file.name: file.stat().st_size for file in (checkpoints / "iter_0000002").iterdir()}
+    sizes.pop("state.json")
+    assert state.pop("files") == sizes
     assert state == {"iteration": 2, "consumed_samples": 8, "consumed_tokens": 256, "wandb_run_id": ""}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shard: shard.unlink(), "is missing; restore it"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-1]), "has [0-9]+ bytes; restore it"),
+        (lambda shard: (shard.parent / "state.json").write_text("{"), "state.json is damaged"),
+        (lambda shard: (shard.parent / "state.json").unlink(), "state.json is damaged"),
+    ],
+)
+def test_damage_is_named(saved, tmp_path, damage, message):
+    copy = shutil.copytree(saved[0] / "tsp2" / "checkpoints" / "iter_0000002", tmp_path / "copy")
+    assert read_state(copy).iteration == 2
+    damage(sorted(copy.glob("*.safetensors"))[0])
+    with pytest.raises(ValueError, match=message):
+        read_state(copy)
 
 
 class Poison:

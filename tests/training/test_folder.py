@@ -1,5 +1,6 @@
 """A run folder is new, resumed or refused, and looking at it changes nothing."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from runs import files
 from megatsp.compose import to_yaml
 from megatsp.schema import Config
 from megatsp.training.checkpoint import LATEST, folder_of
-from megatsp.training.folder import find_checkpoint, run_folder
+from megatsp.training.folder import find_checkpoint, lock, run_folder
 
 
 @pytest.fixture
@@ -73,7 +74,9 @@ def test_another_run_is_refused(config, group, key, value, message):
 
 
 def test_a_run_without_a_checkpoint_is_refused(config):
-    make_run(config)
+    folder = make_run(config)
+    assert find_checkpoint(config) is None  # it did not come to its first log line
+    (folder / "metrics.jsonl").write_text('{"iteration": 10}\n')
     with pytest.raises(ValueError, match="has no checkpoint to resume from: choose another name="):
         find_checkpoint(config)
 
@@ -97,3 +100,18 @@ def test_a_pointer_to_nothing_names_what_exists(config, text):
     with pytest.raises(ValueError, match="there is no such checkpoint beside it") as caught:
         find_checkpoint(config)
     assert f"says {text!r}" in str(caught.value) and "(iter_0000020)" in str(caught.value)
+
+
+def test_two_runs_do_not_share_a_folder(config):
+    folder = run_folder(config)
+    with lock(folder), pytest.raises(ValueError, match=f"process {os.getpid()} trains in"), lock(folder):
+        pass
+    with lock(folder):  # the first has let go
+        assert find_checkpoint(config) is None
+
+
+def test_a_folder_that_cannot_be_made_is_named(config):
+    run_folder(config).parent.joinpath("file").write_text("")
+    unreachable = run_folder(config).parent / "file" / "run"
+    with pytest.raises(ValueError, match="cannot write to .*file/run: .*output_dir="), lock(unreachable):
+        pass

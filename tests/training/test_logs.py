@@ -49,6 +49,23 @@ def test_a_cut_off_last_line_is_left_out(tmp_path):
     assert [entry["iteration"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
+@pytest.mark.parametrize("line", ["{torn", "null", "[]", "{}"])
+def test_another_line_that_is_no_entry_is_refused_and_nothing_is_lost(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1)
+    path.write_text(line + "\n" + path.read_text())
+    before = path.read_text()
+    with pytest.raises(ValueError, match="line 1, is no entry of metrics"):
+        Reporter(CONFIG, tmp_path, 1, "", active=True)
+    assert path.read_text() == before
+
+
+def test_an_unknown_wandb_mode_is_named(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "foo")
+    with pytest.raises(ValueError, match="WANDB_MODE=foo: use online, offline or disabled"):
+        wandb_mode("auto")
+
+
 NETRC = "machine api.wandb.ai login user password 0123\n"
 
 

@@ -51,6 +51,7 @@ def attention_backward(
     Shapes as in attention_forward; dout and out: [B, H, Tq, d]. Returns dq, dk, dv in q's dtype.
     """
     _check(q, k, v, causal)
+    lse = lse.contiguous()  # the GPU kernel reads it by pointer, whatever its strides
     if q.is_cuda:
         no_philox = torch.zeros(2, dtype=torch.uint64, device=q.device)
         return _aten._scaled_dot_product_flash_attention_backward(
