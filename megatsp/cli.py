@@ -55,8 +55,8 @@ def _dispatch(arguments: list[str]) -> int:
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are ours, and which takes no abbreviated options."""
 
-    def __init__(self, prog: str, **options: object) -> None:
-        super().__init__(prog=prog, allow_abbrev=False, **options)  # type: ignore[arg-type]
+    def __init__(self, prog: str, description: str | None = None, add_help: bool = True) -> None:
+        super().__init__(prog=prog, description=description, add_help=add_help, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} ({self.prog} --help lists what it takes)")

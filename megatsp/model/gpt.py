@@ -58,13 +58,13 @@ class DecoderLayer(nn.Module):
         """This rank's shards, as autograd should see them."""
         a, m = self.self_attn, self.mlp
         projections = (a.q_proj, a.k_proj, a.v_proj)
-        biases = tuple(local(p.bias) for p in projections) if a.q_proj.bias is not None else None
-        gains = (local(a.q_norm.weight), local(a.k_norm.weight)) if a.q_norm and a.k_norm else None
+        biases = [local(p.bias) for p in projections if p.bias is not None]
+        gains = [local(norm.weight) for norm in (a.q_norm, a.k_norm) if norm is not None]
         return LayerTensors(
             attention=[local(p.weight) for p in (*projections, a.o_proj)],
             mlp=[local(p.weight) for p in (m.gate_proj, m.up_proj, m.down_proj)],
             gains=[local(n.weight) for n in (self.input_layernorm, self.post_attention_layernorm)],
-            vectors=HeadVectors(biases, gains),  # type: ignore[arg-type]
+            vectors=HeadVectors.of([*biases, *gains], bool(biases), bool(gains)),
         )
 
     def forward(

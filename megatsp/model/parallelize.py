@@ -156,7 +156,7 @@ def _initialise(gpt: GPT, config: Config, axes: Axes) -> None:
         )
         values = values if dim == 0 else values.t()
         if len(parameter.placements) > 1:  # FSDP cuts the tsp shard once more
-            fsdp_dim = parameter.placements[-2].dim  # type: ignore[attr-defined]
+            fsdp_dim = parameter.placements[-2].dim  # type: ignore[attr-defined]  # Shard or _StridedShard
             pieces = values.chunk(axes.mesh["dp_shard"].size(), fsdp_dim)
             rank = axes.mesh.get_local_rank("dp_shard")
             values = pieces[rank] if rank < len(pieces) else values.narrow(fsdp_dim, 0, 0)

@@ -58,7 +58,7 @@ class Reporter:
                 name=config.name,
                 id=self.wandb_run_id,
                 resume="allow",
-                mode=mode,  # type: ignore[arg-type]
+                mode=mode,  # type: ignore[arg-type]  # wandb_mode gives no other words
                 dir=folder,
                 config=asdict(config),
                 settings=wandb.Settings(silent=True),

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -94,7 +95,7 @@ class Training:
         self.state = replace(self.state, wandb_run_id=_from_first(reporter.wandb_run_id))
         reporter.say(self._greeting(start))
         interval = Interval(self.config, self.axes)
-        due = lambda every, i: i == settings.train_iters or (every > 0 and i % every == 0)  # noqa: E731
+        due = partial(_is_due, last=settings.train_iters)
         try:
             for iteration in range(start + 1, settings.train_iters + 1):
                 result = self.step(iteration, interrupted)
@@ -261,6 +262,11 @@ def load_data(config: Config, tokenizer: Tokenizer) -> tuple[GPTDataset, GPTData
     )
     train_data.check_vocabulary(config.model.vocab_size)
     return train_data, valid_data
+
+
+def _is_due(every: int, iteration: int, last: int) -> bool:
+    """Whether something is done after `iteration`: every so many (0: never), and always after the last."""
+    return iteration == last or (every > 0 and iteration % every == 0)
 
 
 @contextmanager

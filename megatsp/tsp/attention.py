@@ -35,16 +35,21 @@ class HeadVectors:
 
     def zeros(self) -> "HeadVectors":
         """Fp32 zeros of the same shapes, to add gradients to."""
+        return HeadVectors.of(
+            [torch.zeros_like(t, dtype=torch.float32) for t in self.tensors()], *self.present
+        )
 
-        zeros = [torch.zeros_like(t, dtype=torch.float32) for t in self.tensors()]
-        return HeadVectors.of(zeros, self.biases is not None, self.gains is not None)
+    @property
+    def present(self) -> tuple[bool, bool]:
+        """Whether there are biases, and whether there are gains."""
+        return self.biases is not None, self.gains is not None
 
     def tensors(self) -> list[Tensor]:
         return [*(self.biases or ()), *(self.gains or ())]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], biased: bool, head_normed: bool) -> "HeadVectors":
-        """The inverse of `tensors`."""
+        """The inverse of `tensors`, given what is `present`."""
         rest = list(tensors)
         biases = (rest.pop(0), rest.pop(0), rest.pop(0)) if biased else None
         return cls(biases, (rest.pop(0), rest.pop(0)) if head_normed else None)

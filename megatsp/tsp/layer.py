@@ -11,6 +11,7 @@ The MLP's own forward is never run again: its backward needs its input alone.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class _Layer(torch.autograd.Function):
         gains = layer.small.gains(tensors.gains)
         keep = grad and layer.recompute == "none"
         middle, attention = _attention_forward(
-            layer, x, gains, tensors, table, keep, lambda: layer.mlp.prefetch(tensors.mlp)
+            layer, x, gains, tensors, table, keep, partial(layer.mlp.prefetch, tensors.mlp)
         )
         full = layer.recompute == "full"
         if full or not grad:
@@ -114,10 +115,7 @@ class _Layer(torch.autograd.Function):
         if grad:
             ctx.save_for_backward(x, *flat)
             ctx.layer, ctx.table, ctx.preceding = layer, table, preceding
-            ctx.biased, ctx.head_normed = (
-                tensors.vectors.biases is not None,
-                tensors.vectors.gains is not None,
-            )
+            ctx.vectors_present = tensors.vectors.present
             # Not by save_for_backward, which is for inputs and outputs; backward lets go of it.
             ctx.kept = _Saved(gains, attention, None if full else middle, mlp)
         return y.add_(middle).to(x.dtype)
@@ -128,14 +126,13 @@ class _Layer(torch.autograd.Function):
         x, *flat = ctx.saved_tensors
         layer, table, preceding = ctx.layer, ctx.table, ctx.preceding
         kept, ctx.kept = ctx.kept, None
-        tensors = _unflatten(flat, ctx.biased, ctx.head_normed)
-        prefetch_attention = lambda: layer.attention.prefetch(tensors.attention)  # noqa: E731
+        tensors = _unflatten(flat, *ctx.vectors_present)
+        prefetch_attention = partial(layer.attention.prefetch, tensors.attention)
+        prefetch_mlp = partial(layer.mlp.prefetch, tensors.mlp)
 
         middle, attention = kept.mlp_input, kept.attention
         if middle is None:
-            middle, attention = _attention_forward(
-                layer, x, kept.gains, tensors, table, True, lambda: layer.mlp.prefetch(tensors.mlp)
-            )
+            middle, attention = _attention_forward(layer, x, kept.gains, tensors, table, True, prefetch_mlp)
         normed = rms_norm(middle, kept.gains[1], layer.epsilon)
         dnormed, mlp_gradients = layer.mlp.backward(dout, normed, tensors.mlp, kept.mlp, prefetch_attention)
         dmiddle, dgain_mlp = rms_norm_backward(dnormed, middle, kept.gains[1], layer.epsilon)
