@@ -1,8 +1,8 @@
 """The mesh: which ranks share what.
 
 `Axes` is built once from the configuration and passed explicitly. Its mesh dims, outermost
-first: dp_replicate (replicas), dp_shard (FSDP), tsp (innermost, so that a group stays
-inside a node). Axes of one rank are there too and cost nothing.
+first: dp_replicate (replicas), dp_shard (FSDP), cp (context parallelism), tsp, tp (innermost,
+so that a group stays inside a node). Axes of one rank are there too and cost nothing.
 """
 
 import os
@@ -11,21 +11,31 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatsp.comm import Comm, Traffic
-from megatsp.schema import ParallelConfig
-
-NAMES = ("dp_replicate", "dp_shard", "tsp")
+from megatsp.schema import AXES, ParallelConfig
+from megatsp.tsp.partition import local_positions, take_local
 
 
 @dataclass(frozen=True)
 class Axes:
-    """One DeviceMesh, its device, and the counted collectives of the tsp axis."""
+    """The meshes, the device, and the counted collectives of the axes that share a sequence.
+
+    mesh: all axes. weights: the same ranks as parameters lie on them: (replicate, shard, model),
+    where `model` is tsp or tp and cp is part of `shard` under fsdp_over_cp, else of `replicate`.
+    sequence: cp x tsp, the ranks among which attention exchanges keys and values. The Comms share
+    one `traffic`.
+    """
 
     mesh: DeviceMesh
+    weights: DeviceMesh
     device: torch.device
+    cp: Comm
     tsp: Comm
+    tp: Comm
+    sequence: Comm
 
     @classmethod
     def build(cls, parallel: ParallelConfig, device: torch.device) -> "Axes":
@@ -34,14 +44,35 @@ class Axes:
         Raises:
             ValueError: if the axes do not multiply to the world size.
         """
-        sizes = (parallel.dp_replicate, parallel.dp_shard, parallel.tsp)
-        if sizes[0] * sizes[1] * sizes[2] != dist.get_world_size():
+        sizes = axis_sizes(parallel)
+        if torch.Size(sizes).numel() != dist.get_world_size():
             raise ValueError(
-                f"dp_replicate x dp_shard x tsp = {sizes[0]} x {sizes[1]} x {sizes[2]} does not make "
-                f"a world of {dist.get_world_size()} ranks: change parallel.* or the number of ranks"
+                f"{' x '.join(AXES)} = {' x '.join(map(str, sizes))} does not make a world of "
+                f"{dist.get_world_size()} ranks: change parallel.* or the number of ranks"
             )
-        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=NAMES)
-        return cls(mesh, device, Comm(mesh.get_group("tsp"), Traffic()))
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+        weights = _weights_mesh(parallel, device)
+        traffic = Traffic()
+        cp, tsp, tp = (Comm(mesh.get_group(name), traffic) for name in ("cp", "tsp", "tp"))
+        if cp.size == 1 or tsp.size == 1:
+            sequence = tsp if cp.size == 1 else cp
+        else:
+            sequence = Comm(mesh["cp", "tsp"]._flatten("sequence").get_group(), traffic)
+        return cls(mesh, weights, device, cp, tsp, tp, sequence)
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.tsp.traffic
+
+    @property
+    def model(self) -> Comm:
+        """The axis that a layer's weights are cut over; tsp or tp."""
+        return self.tp if self.tp.size > 1 else self.tsp
+
+    @property
+    def has_fsdp(self) -> bool:
+        """Whether FSDP2 holds the parameters: some ranks replicate or shard those of this one."""
+        return self.weights.size(0) * self.weights.size(1) > 1
 
     @property
     def dp_size(self) -> int:
@@ -50,8 +81,33 @@ class Axes:
     @property
     def dp_rank(self) -> int:
         """Which of the dp_size ranks with different samples this one is."""
-        replicate, shard = (self.mesh.get_local_rank(name) for name in NAMES[:2])
+        replicate, shard = (self.mesh.get_local_rank(name) for name in AXES[:2])
         return replicate * self.mesh.size(1) + shard
+
+    def take_local(self, tokens: Tensor) -> Tensor:
+        """This rank's share of the sequence, [B, T] to [B, T_local]: its zigzag chunks, cut over tp."""
+        share = take_local(tokens, self.sequence.rank, self.sequence.size)
+        return share.chunk(self.tp.size, 1)[self.tp.rank]
+
+    def positions(self, local_length: int) -> Tensor:
+        """Global positions of the tokens that this rank's tp group holds: int64 [T_local tp]."""
+        length = local_length * self.tp.size * self.sequence.size
+        return local_positions(length, self.sequence.rank, self.sequence.size, self.device)
+
+
+def axis_sizes(parallel: ParallelConfig) -> tuple[int, ...]:
+    """Ranks of each axis, in the order of AXES."""
+    return tuple(getattr(parallel, name) for name in AXES)
+
+
+def _weights_mesh(parallel: ParallelConfig, device: torch.device) -> DeviceMesh:
+    replicate, shard, cp, tsp, tp = axis_sizes(parallel)
+    ranks = torch.arange(dist.get_world_size()).view(replicate, shard, cp, tsp * tp)
+    if parallel.fsdp_over_cp:
+        ranks = ranks.reshape(replicate, shard * cp, tsp * tp)
+    else:
+        ranks = ranks.transpose(1, 2).reshape(replicate * cp, shard, tsp * tp)
+    return DeviceMesh(device.type, ranks, mesh_dim_names=("replicate", "shard", "model"))
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -64,10 +64,16 @@ class DataConfig:
     valid_fraction: float = key(0.05, "share of the documents held out for validation", within="(0, 1)")
 
 
+# The axes of the mesh, outermost first.
+AXES = ("dp_replicate", "dp_shard", "cp", "tsp", "tp")
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
-    tsp: int = key(1, "ranks D of the folded tensor and sequence axis", "ranks", within="[1, inf)")
-    tsp_layout: str = key("hidden", "which slice of a weight a rank holds", choices=("hidden", "owner"))
+    tsp: int = key(
+        1, "ranks D of the folded tensor and sequence axis; -1: what is left", "ranks", within="[-1, inf)"
+    )
+    tsp_layout: str = key("hidden", "which slice of a weight a tsp rank holds", choices=("hidden", "owner"))
     attention_buckets: int = key(
         0, "buckets an attention layer is streamed in; 0 chooses", "buckets", within="[0, inf)"
     )
@@ -75,15 +81,28 @@ class ParallelConfig:
     head_buckets: int = key(
         0, "buckets the vocabulary head is streamed in; 0 chooses", "buckets", within="[0, inf)"
     )
+    cp: int = key(
+        1,
+        "context-parallel ranks: tokens sharded, weights not; -1: what is left",
+        "ranks",
+        within="[-1, inf)",
+    )
     kv_exchange: str = key(
-        "allgather", "how keys and values cross the sequence", choices=("allgather", "ring")
+        "allgather",
+        "how attention crosses the ranks of cp and tsp; hierarchical: a ring over cp, all-gathers over tsp",
+        choices=("allgather", "ring", "ulysses", "hierarchical"),
     )
-    dp_shard: int = key(
-        -1, "FSDP ranks; -1: what the other axes leave of the world", "ranks", within="[-1, inf)"
+    tp: int = key(
+        1,
+        "tensor-parallel ranks, with sequence-parallel norms; -1: what is left",
+        "ranks",
+        within="[-1, inf)",
     )
-    dp_replicate: int = key(1, "replicas of the sharded model (HSDP)", "ranks", within="[1, inf)")
-    tp: int = key(1, "tensor-parallel ranks; only 1 in this version", "ranks", within="[1, inf)")
-    cp: int = key(1, "context-parallel ranks; only 1 in this version", "ranks", within="[1, inf)")
+    dp_shard: int = key(-1, "FSDP ranks; -1: what the other axes leave", "ranks", within="[-1, inf)")
+    fsdp_over_cp: bool = key(False, "FSDP shards weights over cp too, instead of replicating them there")
+    dp_replicate: int = key(
+        1, "replicas of the sharded model (HSDP); -1: what is left", "ranks", within="[-1, inf)"
+    )
     pp: int = key(1, "pipeline stages; only 1 in this version", "ranks", within="[1, inf)")
 
 

@@ -4,7 +4,6 @@ Three passes, all reported together: each key against its own choices and interv
 them), the keys against each other, then the numbers that were left to choose.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -12,13 +11,22 @@ from operator import attrgetter
 from typing import Any
 
 from megatsp.nearest import did_you_mean
-from megatsp.schema import Config
+from megatsp.parallel_rules import (
+    bucket_errors,
+    choose_buckets,
+    divisors,
+    listed,
+    nearest_multiples,
+    resolve_axes,
+    split_errors,
+)
+from megatsp.schema import AXES, Config
 
 
 def validate(config: Config, world_size: int) -> Config:
     """The configuration with its automatic values filled in, once every rule holds.
 
-    Filled in: parallel.dp_shard, the three bucket counts of `parallel`, scheduler.lr_decay_iters.
+    Filled in: the axis of `parallel` that is -1, its three bucket counts, scheduler.lr_decay_iters.
 
     Args:
         world_size: ranks of the whole job; that is launch.nproc where no launcher started it.
@@ -30,10 +38,12 @@ def validate(config: Config, world_size: int) -> Config:
     # A count that is out of its interval is reported above; as 1 it cannot also break a rule below.
     counts = _counts_as_positive(config)
     errors += _rule_errors(counts)
-    dp_shard, world_error = _dp_shard(counts, max(1, world_size))
-    filled = _fill(counts, dp_shard)
-    errors += [world_error] if world_error else _batch_errors(filled)
-    errors += _bucket_errors(filled)
+    parallel, mesh_error = resolve_axes(counts, max(1, world_size))
+    meshed = replace(counts, parallel=parallel)
+    errors += [mesh_error] if mesh_error else _batch_errors(meshed)
+    errors += split_errors(meshed)
+    filled = _fill(meshed)
+    errors += bucket_errors(filled)
     if errors:
         count = "1 setting" if len(errors) == 1 else f"{len(errors)} settings"
         raise ValueError("\n  - ".join([f"cannot run with {count}:", *errors]))
@@ -89,12 +99,6 @@ def _counts_as_positive(node: Any) -> Any:
     return replace(node, **changes)
 
 
-def _nearest_multiples(value: int, step: int) -> str:
-    """The multiples of `step` around `value`: "12 or 16", or only the upper one below the first."""
-    low = value // step * step
-    return f"{low} or {low + step}" if low else f"{step}"
-
-
 def _rule_errors(config: Config) -> Iterator[str]:
     """Rules between keys that need neither the world size nor an automatic value."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", config.name):
@@ -105,28 +109,22 @@ def _rule_errors(config: Config) -> Iterator[str]:
     yield from _model_errors(config)
     yield from _scheduler_errors(config)
 
-    p, width, length = config.parallel, config.model.hidden_size, config.trainer.seq_length
-    for axis in ("tp", "cp", "pp"):
-        if getattr(p, axis) != 1:
-            yield f"parallel.{axis}={getattr(p, axis)}: only 1 in this version; shard with parallel.tsp"
-    if p.dp_shard == 0:
-        yield "parallel.dp_shard=0: give a number of ranks, or -1 for what the other axes leave"
-    if width % p.tsp:
-        nearest = _nearest_multiples(width, p.tsp)
-        yield f"model.hidden_size={width}: parallel.tsp={p.tsp} must divide it; use {nearest}"
-    if length % (2 * p.tsp):
-        nearest = _nearest_multiples(length, 2 * p.tsp)
-        yield f"trainer.seq_length={length}: 2 * parallel.tsp = {2 * p.tsp} must divide it; use {nearest}"
+    p = config.parallel
+    if p.pp != 1:
+        yield f"parallel.pp={p.pp}: only 1 in this version; shard with parallel.tsp"
+    for axis in AXES:
+        if getattr(p, axis) == 0:
+            yield f"parallel.{axis}=0: give a number of ranks, or -1 for what the other axes leave"
 
 
 def _model_errors(config: Config) -> Iterator[str]:
     m, scaling = config.model, config.model.rotary_scaling
     heads, groups = m.num_attention_heads, m.num_query_groups
     if heads % groups:
-        allowed = _list(_divisors(heads))
+        allowed = listed(divisors(heads))
         yield f"model.num_query_groups={groups}: must divide num_attention_heads={heads}; use {allowed}"
     if m.kv_channels % 2:
-        nearest = _nearest_multiples(m.kv_channels, 2)
+        nearest = nearest_multiples(m.kv_channels, 2)
         yield f"model.kv_channels={m.kv_channels}: rotary embedding turns pairs; use {nearest}"
     if scaling.type == "none" and scaling.factor > 1:
         yield f"model.rotary_scaling.factor={scaling.factor}: needs rotary_scaling.type linear or llama3"
@@ -152,57 +150,11 @@ def _scheduler_errors(config: Config) -> Iterator[str]:
         yield f"scheduler.lr_wsd_decay_iters={wsd}: only lr_decay_style=WSD reads it; set 0"
 
 
-def _dp_shard(config: Config, world_size: int) -> tuple[int, str]:
-    """parallel.dp_shard for this world, and what is wrong with the mesh ("" if nothing)."""
-    p = config.parallel
-    if p.dp_shard >= 1:
-        ranks = p.dp_replicate * p.dp_shard * p.tsp
-        product = f"dp_replicate {p.dp_replicate} x dp_shard {p.dp_shard} x tsp {p.tsp} = {ranks}"
-        fix = f"start {ranks} ranks (alone: launch.nproc={ranks}) or set parallel.dp_shard=-1 to derive it"
-        wrong = f"parallel: {product}, but {world_size} ranks; {fix}"
-        return p.dp_shard, "" if ranks == world_size else wrong
-    if world_size % (p.dp_replicate * p.tsp) == 0:
-        return world_size // (p.dp_replicate * p.tsp), ""
-    given = f"parallel.tsp={p.tsp} x dp_replicate={p.dp_replicate} does not divide the {world_size} ranks"
-    if world_size % p.dp_replicate:
-        return 1, f"{given}; parallel.dp_replicate must be one of {_list(_divisors(world_size))}"
-    h, tokens = config.model.hidden_size, config.trainer.seq_length
-    fitting = [d for d in _divisors(world_size // p.dp_replicate) if h % d == 0 and tokens % (2 * d) == 0]
-    alone = f"start {p.dp_replicate * p.tsp} (alone: launch.nproc={p.dp_replicate * p.tsp})"
-    return 1, f"{given}; {alone}" + (f", or use parallel.tsp={_list(fitting, ' or ')}" if fitting else "")
-
-
-def _fill(config: Config, dp_shard: int) -> Config:
-    """`config` with every automatic value chosen."""
-    m, p, s = config.model, config.parallel, config.scheduler
-    preferred = max(2, p.tsp)  # two buckets are the fewest in which one is on the wire while one is used
-    allowed = _divisors(m.num_query_groups)
-    mlp = p.tsp if p.tsp_layout == "owner" else min(preferred, m.ffn_hidden_size)
-    head = min(max(preferred, math.ceil(m.vocab_size / 8192)), m.vocab_size)
-    parallel = replace(
-        p,
-        dp_shard=dp_shard,
-        attention_buckets=p.attention_buckets or max(n for n in allowed if n <= preferred),
-        mlp_buckets=p.mlp_buckets or mlp,
-        head_buckets=p.head_buckets or head,
-    )
+def _fill(config: Config) -> Config:
+    """`config` with the automatic values chosen that no other rule needs."""
+    s = config.scheduler
     scheduler = replace(s, lr_decay_iters=s.lr_decay_iters or config.trainer.train_iters)
-    return replace(config, parallel=parallel, scheduler=scheduler)
-
-
-def _bucket_errors(config: Config) -> Iterator[str]:
-    m, p = config.model, config.parallel
-    if p.attention_buckets > 0 and m.num_query_groups % p.attention_buckets:
-        given = f"parallel.attention_buckets={p.attention_buckets}"
-        allowed = _list(_divisors(m.num_query_groups))
-        yield f"{given}: must divide model.num_query_groups={m.num_query_groups}; use one of {allowed}, or 0"
-    if p.mlp_buckets > m.ffn_hidden_size:
-        yield f"parallel.mlp_buckets={p.mlp_buckets}: at most model.ffn_hidden_size={m.ffn_hidden_size}"
-    if p.tsp_layout == "owner" and p.mlp_buckets % p.tsp:
-        nearest = _nearest_multiples(p.mlp_buckets, p.tsp)
-        yield f"parallel.mlp_buckets={p.mlp_buckets}: owner needs a multiple of tsp; use {nearest}, or 0"
-    if p.head_buckets > m.vocab_size:
-        yield f"parallel.head_buckets={p.head_buckets}: at most model.vocab_size={m.vocab_size}"
+    return replace(config, scheduler=scheduler, parallel=choose_buckets(config))
 
 
 def _batch_errors(config: Config) -> Iterator[str]:
@@ -211,13 +163,5 @@ def _batch_errors(config: Config) -> Iterator[str]:
     if t.global_batch_size % (t.micro_batch_size * dp):
         given = f"trainer.global_batch_size={t.global_batch_size}"
         step = f"micro_batch_size={t.micro_batch_size} x {dp} data-parallel ranks"
-        nearest = _nearest_multiples(t.global_batch_size, t.micro_batch_size * dp)
+        nearest = nearest_multiples(t.global_batch_size, t.micro_batch_size * dp)
         yield f"{given}: {step} must divide it; use {nearest}"
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _list(numbers: list[int], separator: str = ", ") -> str:
-    return separator.join(map(str, numbers))

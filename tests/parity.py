@@ -1,19 +1,19 @@
 """Compares the streamed GPT on gloo ranks with the dense reference: loss and every gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
 from dense import DenseGPT
+from distributed import run_distributed
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from megatsp.axes import Axes
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import DTYPES, build_model
 from megatsp.schema import Config, ModelConfig, ParallelConfig, TrainerConfig
-from megatsp.tsp.partition import take_local
 
 # Odd on purpose: FFN width, vocabulary and batch divide by nothing here.
 BATCH, LENGTH = 3, 48
@@ -43,7 +43,9 @@ class Case:
         return Config(model=self.model, parallel=self.parallel, trainer=trainer)
 
 
-def case(tsp: int, recompute: str = "none", dtype: str = "fp32", micro_batches: int = 1, **changes) -> Case:
+def case(
+    tsp: int = 1, recompute: str = "none", dtype: str = "fp32", micro_batches: int = 1, **changes
+) -> Case:
     """A case from flat keys: those of ModelConfig and of ParallelConfig."""
     model_keys = {k: v for k, v in changes.items() if hasattr(MODEL, k)}
     parallel = dict(attention_buckets=1, mlp_buckets=tsp, head_buckets=2, dp_shard=1)
@@ -82,11 +84,26 @@ def dense_result(model: ModelConfig, samples: int, dtype: torch.dtype) -> tuple[
     return loss.item(), {k: p.grad.float() for k, p in dense.named_parameters() if p.grad is not None}
 
 
+@torch.no_grad()
 def load(gpt: GPT, state: dict[str, Tensor]) -> None:
     """Gives every rank its shards of a full state dict."""
-    set_model_state_dict(
-        gpt, {k: v.clone() for k, v in state.items()}, options=StateDictOptions(full_state_dict=True)
-    )
+    parameters = dict(gpt.named_parameters())
+    assert parameters.keys() == state.keys()
+    for name, parameter in parameters.items():
+        assert isinstance(parameter, DTensor)
+        parameter.to_local().copy_(shard_of(state[name], parameter))
+
+
+def shard_of(whole: Tensor, like: DTensor) -> Tensor:
+    """The innermost axis cuts first: FSDP cuts what tsp or tp left. (torch's own way wants even shards.)"""
+    for axis, placement in reversed(list(enumerate(like.placements))):
+        if not placement.is_replicate():
+            chunks, rank = (
+                whole.chunk(like.device_mesh.size(axis), placement.dim),
+                like.device_mesh.get_local_rank(axis),
+            )
+            whole = chunks[rank] if rank < len(chunks) else whole.narrow(placement.dim, 0, 0)
+    return whole
 
 
 def rank_result(
@@ -102,7 +119,7 @@ def rank_result(
     loss = torch.zeros(())
     for i in range(micro_batches):
         start = (i * axes.dp_size + axes.dp_rank) * BATCH
-        local = [take_local(t[start : start + BATCH], axes.tsp.rank, axes.tsp.size) for t in tokens]
+        local = [axes.take_local(t[start : start + BATCH]) for t in tokens]
         part = gpt(*local).sum() / count
         part.backward()
         loss += part.detach()
@@ -138,3 +155,22 @@ def dense_errors(case_: Case) -> dict[str, float]:
     exact_loss, exact = dense_result(case_.model, samples, torch.float32)
     errors = {k: relative_error(gradients[k], exact[k]) for k in exact}
     return {"loss": abs(loss - exact_loss) / exact_loss, **errors}
+
+
+def check(found: list[Case], world_size: int, bound: Callable[[Case], dict[str, float]]) -> None:
+    """Holds loss and gradients of each case, on every rank, to the errors that `bound` allows."""
+    per_rank = run_distributed(rank_errors, world_size, [job(c) for c in found], timeout_s=280)
+    for errors in per_rank:
+        for case_, by_name in zip(found, errors, strict=True):
+            bounds = bound(case_)
+            over = {k: (v, bounds[k]) for k, v in by_name.items() if not v <= bounds[k]}
+            assert not over, f"{case_}: {over}"
+
+
+def fp32_bound(case_: Case) -> dict[str, float]:
+    return dict.fromkeys(dense_errors(case_), 1e-5)
+
+
+def twice_dense_bound(case_: Case) -> dict[str, float]:
+    """Twice the error of the dense reference in the case's dtype."""
+    return {name: 2 * error + 1e-6 for name, error in dense_errors(case_).items()}

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatsp.axes import Axes
+from megatsp.cp import blockwise
 from megatsp.model.parallelize import build_model, parts
-from megatsp.tsp import attend
 from megatsp.tsp.buckets import Part, width
 from megatsp.tsp.partition import take_local
 
@@ -69,7 +69,7 @@ def seen(watch: Watch) -> Seen:
 
 def rank_seen(case_: Case, with_head: bool, plain_attention: bool = False) -> Seen:
     if plain_attention:
-        attend.attention_forward = attention
+        blockwise.attention_forward = attention
     axes = Axes.build(case_.parallel, torch.device("cpu"))
     gpt = build_model(case_.config(), axes)
     ids = take_local(torch.arange(T)[None] % V, axes.tsp.rank, axes.tsp.size)

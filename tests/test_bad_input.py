@@ -69,8 +69,8 @@ def refused(folder: Path, monkeypatch, capsys) -> Callable[..., str]:
 SETTINGS = [
     ("trainer.seq_length=30 parallel.tsp=4", "2 * parallel.tsp = 8 must divide it; use 24 or 32"),
     ("model.hidden_size=34 parallel.tsp=4", "parallel.tsp=4 must divide it; use 32 or 36"),
-    ("parallel.tsp=3 trainer.seq_length=36", "parallel.tsp=3 x dp_replicate=1 does not divide the 1 ranks"),
-    ("parallel.dp_shard=2", "dp_replicate 1 x dp_shard 2 x tsp 1 = 2, but 1 ranks; start 2 ranks"),
+    ("parallel.tsp=3 trainer.seq_length=36", "tsp 3 does not divide the 1 ranks; start 3 ranks"),
+    ("parallel.dp_shard=2", "dp_shard 2 does not divide the 1 ranks; start 2 ranks"),
     ("parallel.attention_buckets=3", "must divide model.num_query_groups=2; use one of 1, 2, or 0"),
     ("parallel.tsp_layout=owners", "choose one of hidden, owner; did you mean owner?"),
     ("parallel.tsp_layuot=owner", "unknown key parallel.tsp_layuot; did you mean parallel.tsp_layout?"),
@@ -78,7 +78,7 @@ SETTINGS = [
     ("model=gpt_tyni", "unknown choice model=gpt_tyni; did you mean gpt_tiny?"),
     ("trainer.dtype=fp8", "trainer.dtype=fp8: choose one of fp32, bf16"),
     ("trainer.train_iters=many", "trainer.train_iters=many: expected a whole number, got str"),
-    ("parallel.tp=2", "parallel.tp=2: only 1 in this version; shard with parallel.tsp"),
+    ("parallel.pp=2", "parallel.pp=2: only 1 in this version; shard with parallel.tsp"),
     ("trainer.global_batch_size=3", "micro_batch_size=2 x 1 data-parallel ranks must divide it; use 2 or 4"),
     ("optimizer=apex_fused_adam", "optimizer=apex_fused_adam needs NVIDIA's or ROCm's apex"),
     ("launch.device=cuda", "launch.device=cuda, but torch sees no GPU"),
@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_documents(folder)
     """A resumed run whose first steps throw the weights so far away that soon there is no loss."""
     shutil.copytree(folder / "outputs" / "run", folder / "outputs" / "exploding")
     before = files(folder / "outputs" / "exploding" / "checkpoints")
-    more = ["optimizer.lr=1e20", "trainer.train_iters=9", "launch.nproc=2", "parallel.tsp=2"]
+    more = ["optimizer.lr=1e18", "trainer.train_iters=9", "launch.nproc=2", "parallel.tsp=2"]
     job = command("train", *overrides(folder / "corpus", folder / "outputs", "name=exploding", *more))
     _, err = job.communicate(timeout=120)
     assert job.returncode == 2

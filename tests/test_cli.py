@@ -75,10 +75,12 @@ def test_help_names_every_key_and_choice_in_100_columns(capsys):
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_help_does_not_import_torch():
-    code = "import sys, megatsp.cli as c; c.main(['train', '--help']); sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_help_does_not_import_torch(command):
+    help = f"try: c.main(['{command}', '--help'])\nexcept SystemExit: pass\n"
+    code = f"import sys, megatsp.cli as c\n{help}sys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
-    assert result.returncode == 0 and b"usage: megatsp train" in result.stdout
+    assert result.returncode == 0 and f"usage: megatsp {command}" in result.stdout.decode()
 
 
 def test_the_module_is_the_command():
@@ -87,7 +89,7 @@ def test_the_module_is_the_command():
     )
     assert result.returncode == 2
     assert result.stderr == (
-        "megatsp: error: unknown command trian; did you mean train? (commands: train, generate)\n"
+        "megatsp: error: unknown command trian; did you mean train? (commands: train, generate, bench)\n"
     )
 
 
@@ -145,6 +147,16 @@ def test_as_a_rank_it_trains_with_the_worlds_size(calls, as_rank):
     assert as_rank(3, 4, ["train", "parallel.tsp=2", "trainer.global_batch_size=8"]) == 0
     ((name, config),) = calls
     assert name == "run" and (config.parallel.tsp, config.parallel.dp_shard) == (2, 2)
+
+
+def test_as_a_rank_it_does_not_benchmark(monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "run_rank", lambda work: work())
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["bench"]) == 2
+    assert (
+        "megatsp bench starts ranks of its own: start it without torchrun or srun" in capsys.readouterr().err
+    )
 
 
 def test_dry_run_prints_and_starts_nothing(calls, capsys):

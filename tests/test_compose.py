@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatsp.compose import compose, config_dir, from_yaml, group_choices, key_paths, to_yaml
-from megatsp.schema import Config
+from megatsp.schema import Config, ParallelConfig
 from megatsp.validate import validate
 
 
@@ -25,8 +25,8 @@ def user_folder(folder: Path, text: str, name: str = "experiment/mine.yaml") -> 
     return folder
 
 
-def test_no_override_gives_the_schemas_defaults():
-    assert compose([]) == Config()
+def test_no_override_gives_the_schemas_defaults_over_all_ranks():
+    assert compose([]) == Config(parallel=ParallelConfig(tsp=-1))
 
 
 def test_a_group_a_key_and_an_experiment():
@@ -150,7 +150,7 @@ def test_every_choice_of_every_group_is_valid():
         assert names, group
         for name in names:
             config = compose([f"{group}={name}", "trainer.global_batch_size=64"])
-            filled = validate(config, config.launch.nproc)
+            filled = validate(config, 2 if group == "parallel" else config.launch.nproc)
             assert from_yaml(to_yaml(filled)) == filled
 
 

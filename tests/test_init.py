@@ -1,5 +1,6 @@
 """The model starts the same on every mesh and layout: first weights are the seed's and the name's."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -19,34 +20,73 @@ SETTINGS = replace(MODEL, add_qkv_bias=True, qk_layernorm=True, untie_embeddings
 State = dict[str, Tensor]
 
 
-def rank_state(tsp: int, layout: str, dp_shard: int = 1, dp_replicate: int = 1, seed: int = 1) -> State:
+def config_of(seed: int = 1, **parallel) -> Config:
+    counts = dict(dp_shard=1, attention_buckets=1, mlp_buckets=parallel.get("tsp", 1), head_buckets=1)
+    return Config(
+        model=replace(SETTINGS, hidden_size=parallel.pop("hidden_size", SETTINGS.hidden_size)),
+        parallel=ParallelConfig(**counts | parallel),
+        trainer=TrainerConfig(seed=seed),
+    )
+
+
+def rank_states(configs: Sequence[Config]) -> list[State]:
     """On a rank: the gathered weights."""
-    parallel = ParallelConfig(
-        tsp, layout, attention_buckets=1, mlp_buckets=tsp, head_buckets=1,
-        dp_shard=dp_shard, dp_replicate=dp_replicate,
-    )  # fmt: skip
-    axes = Axes.build(parallel, torch.device("cpu"))
-    gpt = build_model(Config(model=SETTINGS, parallel=parallel, trainer=TrainerConfig(seed=seed)), axes)
-    return {name: p.full_tensor().detach() for name, p in gpt.named_parameters()}
+    states = []
+    for config in configs:
+        gpt = build_model(config, Axes.build(config.parallel, torch.device("cpu")))
+        states.append({name: p.full_tensor().detach() for name, p in gpt.named_parameters()})
+    return states
 
 
 @cache
-def alone(seed: int = 1) -> State:
-    (state,) = run_distributed(rank_state, 1, 1, "hidden", 1, 1, seed)
-    return state
+def alone(seed: int = 1, **sizes) -> State:
+    return run_distributed(rank_states, 1, [config_of(seed, **sizes)])[0][0]
 
 
-@pytest.mark.parametrize("layout", ["hidden", "owner"])
-@pytest.mark.parametrize(
-    ("tsp", "dp_shard", "dp_replicate"), [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1)]
-)
-def test_every_mesh_starts_with_the_same_weights(tsp, dp_shard, dp_replicate, layout):
-    for state in run_distributed(
-        rank_state, tsp * dp_shard * dp_replicate, tsp, layout, dp_shard, dp_replicate
-    ):
-        assert state.keys() == alone().keys()
-        for name, expected in alone().items():
-            assert torch.equal(state[name], expected), name
+# By ranks. Vocabulary 131 and FFN 107 are uneven over tp; h = 41 and 42 over FSDP's ranks.
+MESHES: dict[int, list[dict]] = {
+    1: [dict(), dict(tsp_layout="owner")],
+    2: [
+        dict(tsp=2),
+        dict(tsp=2, tsp_layout="owner"),
+        dict(tp=2),
+        dict(cp=2),
+        dict(cp=2, fsdp_over_cp=True),
+        dict(dp_shard=2),
+        dict(dp_replicate=2),
+        dict(dp_shard=2, hidden_size=41),
+    ],
+    4: [
+        dict(tsp=4),
+        dict(tsp=4, tsp_layout="owner"),
+        dict(tsp=2, dp_shard=2),
+        dict(tsp=2, dp_shard=2, tsp_layout="owner"),
+        dict(tsp=2, dp_replicate=2),
+        dict(dp_shard=4),
+        dict(dp_replicate=2, dp_shard=2),
+        dict(tp=4),
+        dict(tp=2, cp=2),
+        dict(tp=2, cp=2, fsdp_over_cp=True),
+        dict(tp=2, dp_shard=2),
+        dict(cp=2, dp_shard=2),
+        dict(cp=2, dp_shard=2, fsdp_over_cp=True),
+        dict(cp=2, tsp=2),
+        dict(cp=2, tsp=2, fsdp_over_cp=True),
+        dict(tp=2, dp_shard=2, hidden_size=41),
+        dict(tsp=2, dp_shard=2, hidden_size=42),
+    ],
+}
+
+
+@pytest.mark.parametrize("world_size", MESHES)
+def test_every_mesh_starts_with_the_same_weights(world_size):
+    configs = [config_of(**mesh) for mesh in MESHES[world_size]]
+    for states in run_distributed(rank_states, world_size, configs):
+        for mesh, state in zip(MESHES[world_size], states, strict=True):
+            expected = alone(hidden_size=mesh.get("hidden_size", SETTINGS.hidden_size))
+            assert state.keys() == expected.keys()
+            wrong = [name for name in expected if not torch.equal(state[name], expected[name])]
+            assert not wrong, mesh
 
 
 def test_weights_differ_by_seed_and_by_name():

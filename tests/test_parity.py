@@ -3,10 +3,8 @@
 from itertools import cycle, product
 
 import pytest
-from distributed import run_distributed
-from parity import Case, case, dense_errors, job, rank_errors
+from parity import Case, case, check, fp32_bound, twice_dense_bound
 
-FP32_BOUND = 1e-5
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -37,19 +35,6 @@ def cases(tsp: int) -> list[Case]:
     return found
 
 
-def check(found: list[Case], world_size: int, bound) -> None:
-    per_rank = run_distributed(rank_errors, world_size, [job(c) for c in found], timeout_s=280)
-    for errors in per_rank:
-        for case_, by_name in zip(found, errors, strict=True):
-            bounds = bound(case_)
-            over = {k: (v, bounds[k]) for k, v in by_name.items() if not v <= bounds[k]}
-            assert not over, f"{case_}: {over}"
-
-
-def fp32_bound(case_: Case) -> dict[str, float]:
-    return dict.fromkeys(dense_errors(case_), FP32_BOUND)
-
-
 @pytest.mark.parametrize("tsp", [1, 2, 4, 8])
 def test_fp32(tsp):
     check(cases(tsp), tsp, fp32_bound)
@@ -59,12 +44,12 @@ def test_fp32(tsp):
 def test_bf16_error_is_at_most_twice_the_dense_one(tsp):
     found = [case(tsp, r, "bf16", tsp_layout=layout, attention_buckets=2, head_buckets=3, mlp_buckets=2 * tsp)
              for layout in ("hidden", "owner") for r in RECOMPUTE]  # fmt: skip
-    check(found, tsp, lambda c: {k: 2 * v + 1e-6 for k, v in dense_errors(c).items()})
+    check(found, tsp, twice_dense_bound)
 
 
 def test_bf16_data_parallel_over_tsp():
     found = [case(2, "full", "bf16", tsp_layout=layout, dp_shard=2) for layout in ("hidden", "owner")]
-    check(found, 4, lambda c: {k: 2 * v + 1e-6 for k, v in dense_errors(c).items()})
+    check(found, 4, twice_dense_bound)
 
 
 @pytest.mark.parametrize("layout", ["hidden", "owner"])

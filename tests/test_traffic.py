@@ -32,7 +32,6 @@ from parity import Case, case, load, weights
 from megatsp.axes import Axes
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import DTYPES, build_model
-from megatsp.tsp.partition import take_local
 
 B, T = 3, 48
 Counted = dict[str, tuple[int, int]]  # label: elements, bytes
@@ -56,9 +55,8 @@ def rank_counts(cases: list[Case]) -> list[tuple[Counted, Counted]]:
         axes = Axes.build(case_.parallel, torch.device("cpu"))
         gpt = build_model(case_.config(), axes)
         load(gpt, weights(case_.model))
-        traffic = axes.tsp.traffic
-        ids = torch.arange(B * T).view(B, T) % case_.model.vocab_size
-        local = take_local(ids, axes.tsp.rank, axes.tsp.size)
+        traffic = axes.traffic
+        local = axes.take_local(torch.arange(B * T).view(B, T) % case_.model.vocab_size)
         loss = gpt(local, local, torch.ones(local.shape)).sum()
         forward = {k: (n, traffic.bytes[k]) for k, n in traffic.elements.items()}
         loss.backward()
@@ -166,11 +164,11 @@ def rank_forward_only() -> dict[str, int]:
     case_ = case(2, "full", **EVEN)
     axes = Axes.build(case_.parallel, torch.device("cpu"))
     gpt: GPT = build_model(case_.config(), axes)
-    local = take_local(torch.zeros(B, T, dtype=torch.int64), axes.tsp.rank, axes.tsp.size)
+    local = axes.take_local(torch.zeros(B, T, dtype=torch.int64))
     with torch.no_grad():
         for _ in range(2):
             gpt(local, local, torch.ones(local.shape))
-    return dict(axes.tsp.traffic.elements)
+    return dict(axes.traffic.elements)
 
 
 def test_evaluation_moves_the_forward_alone_each_time():

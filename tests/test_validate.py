@@ -32,7 +32,7 @@ def errors(world_size: int = 1, **values: Any) -> list[str]:
 def test_defaults_are_valid_and_filled_in():
     config = validate(Config(), 1)
     p = config.parallel
-    assert (p.dp_shard, p.attention_buckets, p.mlp_buckets, p.head_buckets) == (1, 2, 2, 2)
+    assert (p.dp_shard, p.attention_buckets, p.mlp_buckets, p.head_buckets) == (1, 1, 1, 1)
     assert config.scheduler.lr_decay_iters == config.trainer.train_iters == 100
     assert validate(config, 1) == config  # what is filled in stays valid, and stays
 
@@ -54,8 +54,6 @@ def test_defaults_are_valid_and_filled_in():
         ({"data__valid_fraction": 1.0}, "data.valid_fraction=1.0: must be in (0, 1)"),
         ({"parallel__tsp_layout": "owners"}, "choose one of hidden, owner; did you mean owner?"),
         ({"trainer__dtype": "fp8"}, "trainer.dtype=fp8: choose one of fp32, bf16"),
-        ({"parallel__tp": 2}, "parallel.tp=2: only 1 in this version; shard with parallel.tsp"),
-        ({"parallel__cp": 2}, "parallel.cp=2: only 1 in this version; shard with parallel.tsp"),
         ({"parallel__pp": 2}, "parallel.pp=2: only 1 in this version; shard with parallel.tsp"),
         ({"parallel__dp_shard": 0}, "parallel.dp_shard=0: give a number of ranks, or -1"),
         ({"model__num_query_groups": 3}, "must divide num_attention_heads=4; use 1, 2, 4"),
@@ -101,6 +99,77 @@ def test_tsp_must_divide_width_and_zigzag_chunks():
     assert "trainer.seq_length=1000: 2 * parallel.tsp = 6 must divide it; use 996 or 1002" in found
 
 
+@pytest.mark.parametrize(
+    ("world_size", "values", "message"),
+    [
+        (4, {"tp": 2, "tsp": 2}, "parallel.tp=2 with tsp=2: both cut the weights; use one, and cp beside it"),
+        (
+            3,
+            {"tp": 3},
+            "model.num_attention_heads=4: parallel.tp=3 must divide it; use parallel.tp=1 or 2 or 4",
+        ),
+        (4, {"tp": 4}, "model.num_query_groups=2: parallel.tp=4 must divide it; use parallel.tp=1 or 2"),
+        (
+            4,
+            {"cp": 4, "kv_exchange": "ulysses"},
+            "cp x tsp = 4 ranks must divide the key/value heads (model.num",
+        ),
+        (
+            2,
+            {"tsp": 2, "kv_exchange": "ulysses", "attention_buckets": 2},
+            "num_query_groups=2 / attention_buckets=2",
+        ),
+        (3, {"cp": 3}, "trainer.seq_length=256: 2 * parallel.cp = 6 must divide it; use 252 or 258"),
+        (6, {"cp": 3, "tsp": 2}, "2 * parallel.cp * parallel.tsp = 12 must divide it; use 252 or 264"),
+        (
+            2,
+            {"tp": 2, "attention_buckets": 2},
+            "must divide model.num_query_groups=2 / tp=2; use one of 1, or 0",
+        ),
+        (2, {"tp": 2, "mlp_buckets": 193}, "at most model.ffn_hidden_size=384 / tp, 192 on the last rank"),
+        (4, {"tp": -1, "cp": -1}, "parallel.cp=-1 and parallel.tp=-1: only one axis can take what is left"),
+        (6, {"tp": 4, "cp": -1}, "parallel: tp 4 does not divide the 6 ranks; start 4 ranks"),
+        (2, {"cp": 0}, "parallel.cp=0: give a number of ranks, or -1 for what the other axes leave"),
+    ],
+)
+def test_rules_of_tensor_and_context_parallelism(world_size, values, message):
+    found = errors(
+        world_size, trainer__global_batch_size=96, **{f"parallel__{k}": v for k, v in values.items()}
+    )
+    assert any(message in error for error in found), found
+
+
+def test_a_share_of_nothing_is_refused():
+    found = errors(4, parallel__tp=4, model__num_query_groups=4, model__vocab_size=5)
+    assert "model.vocab_size=5: parallel.tp=4 leaves a rank without any; use fewer" in found
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes"),
+    [
+        ({"tp": -1}, (1, 1, 1, 1, 4)),
+        ({"cp": -1, "tp": 2}, (1, 1, 2, 1, 2)),
+        ({"tsp": -1, "dp_shard": 2}, (1, 2, 1, 2, 1)),
+        ({"dp_replicate": -1}, (4, 1, 1, 1, 1)),
+        ({"dp_replicate": 2}, (2, 2, 1, 1, 1)),
+        ({"cp": 2, "tsp": -1, "fsdp_over_cp": True}, (1, 1, 2, 2, 1)),
+    ],
+)
+def test_one_axis_takes_what_is_left(values, sizes):
+    given = {
+        "model__num_query_groups": 4,
+        "trainer__global_batch_size": 16,
+        **{f"parallel__{k}": v for k, v in values.items()},
+    }
+    p = validate(configured(**given), 4).parallel
+    assert (p.dp_replicate, p.dp_shard, p.cp, p.tsp, p.tp) == sizes
+
+
+def test_ulysses_chooses_buckets_of_whole_heads():
+    p = validate(configured(parallel__tsp=2, parallel__kv_exchange="ulysses"), 2).parallel
+    assert p.attention_buckets == 1  # of the two KV heads, each rank one
+
+
 def test_sequence_needs_two_chunks_a_rank():
     found = errors(world_size=8, parallel__tsp=8, trainer__seq_length=8)
     assert found == ["trainer.seq_length=8: 2 * parallel.tsp = 16 must divide it; use 16"]
@@ -112,27 +181,29 @@ def test_all_violations_are_reported_together():
 
 
 def test_a_zero_count_is_reported_once():
-    assert errors(parallel__tsp=0) == ["parallel.tsp=0: must be >= 1"]
+    assert errors(parallel__tsp=0) == [
+        "parallel.tsp=0: give a number of ranks, or -1 for what the other axes leave"
+    ]
     assert errors(model__num_query_groups=0) == ["model.num_query_groups=0: must be >= 1"]
     assert errors(world_size=0, launch__nproc=0) == ["launch.nproc=0: must be >= 1"]
 
 
 def test_a_world_that_no_mesh_fits_names_the_tsp_that_would():
     (error,) = errors(world_size=6, parallel__tsp=4, trainer__global_batch_size=12)
-    assert "parallel.tsp=4 x dp_replicate=1 does not divide the 6 ranks" in error
+    assert "parallel: tsp 4 does not divide the 6 ranks" in error
     assert error.endswith(
-        "start 4 (alone: launch.nproc=4), or use parallel.tsp=1 or 2"
+        "start 4 ranks (alone: launch.nproc=4), or use parallel.tsp=1 or 2"
     )  # 3 and 6 do not divide h
 
 
 def test_replicas_that_do_not_divide_the_world():
     (error,) = errors(world_size=4, parallel__dp_replicate=3, trainer__global_batch_size=12)
-    assert error.endswith("parallel.dp_replicate must be one of 1, 2, 4")
+    assert error.endswith("dp_replicate 3 does not divide the 4 ranks; start 3 ranks (alone: launch.nproc=3)")
 
 
 def test_a_given_dp_shard_must_make_the_world():
     (error,) = errors(world_size=6, parallel__tsp=2, parallel__dp_shard=4)
-    assert "dp_replicate 1 x dp_shard 4 x tsp 2 = 8, but 6 ranks; start 8 ranks" in error
+    assert "dp_shard 4 x tsp 2 = 8, but 6 ranks; start 8 ranks" in error
 
 
 @pytest.mark.parametrize(
@@ -152,9 +223,10 @@ def automatic(world_size: int, **values: Any) -> tuple[int, int, int]:
 def test_automatic_buckets():
     assert automatic(4) == (2, 4, 4)  # attention: no more than the two KV heads
     assert automatic(8, model__num_query_groups=4) == (4, 8, 8)
-    assert automatic(1, parallel__tsp_layout="owner") == (2, 1, 2)  # MLP buckets: one an owner
+    assert automatic(1, parallel__tsp_layout="owner") == (1, 1, 1)  # nothing is streamed
     assert automatic(4, parallel__tsp_layout="owner")[1] == 4
     assert automatic(8, model__num_query_groups=1)[0] == 1
+    assert automatic(1) == (1, 1, 1)
     assert automatic(1, model__vocab_size=32000)[2] == 4  # of at most 8192 rows
     assert automatic(1, model__ffn_hidden_size=1, model__vocab_size=1)[1:] == (1, 1)
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from megatsp.model.rotary import rotary_table
 from megatsp.schema import ModelConfig
 from megatsp.tsp.attention import HeadVectors, RotaryTable
+from megatsp.tsp.head import StreamedHead
 from megatsp.tsp.layer import LayerTensors, StreamedLayer
 
 
@@ -77,10 +78,30 @@ class DecoderLayer(nn.Module):
         return self.stream(x, self.tensors(), table, following, preceding)
 
 
+class TokenEmbedding(nn.Embedding):
+    """lookup: ids and this rank's part of the matrix to the embeddings of the local tokens."""
+
+    lookup: Callable[[Tensor, Tensor], Tensor]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lookup(ids, local(self.weight))
+
+
+class OutputHead(nn.Linear):
+    """An output head with a matrix of its own; loss: see `StreamedHead`."""
+
+    loss: StreamedHead
+
+    def forward(  # type: ignore[override]  # it gives losses, never logits
+        self, x: Tensor, labels: Tensor, mask: Tensor, gain: Tensor, preceding: Callable[[], None] | None
+    ) -> Tensor:
+        return self.loss(x, labels, mask, gain, local(self.weight), preceding)
+
+
 class Decoder(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.embed_tokens = TokenEmbedding(model.vocab_size, model.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(model) for _ in range(model.num_layers))
         self.norm = nn.RMSNorm(model.hidden_size, model.norm_epsilon)
 
@@ -88,7 +109,7 @@ class Decoder(nn.Module):
 class GPT(nn.Module):
     """The whole model on this rank's tokens.
 
-    engine: computes embedding, positions, head and prefetches; see parallelize.Engine.
+    engine: gives positions, a tied head and prefetches; see parallelize.Engine.
     """
 
     engine: Any
@@ -98,7 +119,7 @@ class GPT(nn.Module):
         self.config = model
         self.model = Decoder(model)
         untied = model.untie_embeddings_and_output_weights
-        self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False) if untied else None
+        self.lm_head = OutputHead(model.hidden_size, model.vocab_size, bias=False) if untied else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -111,22 +132,22 @@ class GPT(nn.Module):
         return layer
 
     def forward(self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """ids: int64 [B, T/D], this rank's zigzag share of the sequence; labels and mask likewise.
+        """ids: int64 [B, T_local], this rank's share (`Axes.take_local`); labels and mask likewise.
 
-        Returns each local token's loss times its mask, fp32 [B, T/D]; without labels the last
-        layer's output [B, T/D, h], before the final norm.
+        Returns each local token's loss times its mask, fp32 [B, T_local]; without labels the last
+        layer's output [B, T_local, h], before the final norm.
         """
         engine, layers = self.engine, self.model.layers
         table = rotary_table(self.config, engine.positions(ids))
-        x = engine.embed(ids, local(self.model.embed_tokens.weight))
+        x = self.model.embed_tokens(ids)
         for i, layer in enumerate(layers):
             x = layer(x, table, engine.after_forward(i, labels is not None), engine.after_backward(i))
         if labels is None:
             return x
-        return engine.head(
-            x, labels, mask, local(self.model.norm.weight), local(self.head_weight),
-            engine.after_backward(len(layers)),
-        )  # fmt: skip
+        gain, preceding = local(self.model.norm.weight), engine.after_backward(len(layers))
+        if self.lm_head is not None:
+            return self.lm_head(x, labels, mask, gain, preceding)
+        return engine.head(x, labels, mask, gain, local(self.head_weight), preceding)
 
 
 def local(parameter: Tensor) -> Tensor:

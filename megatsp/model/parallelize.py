@@ -2,27 +2,33 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from megatsp.axes import Axes
+from megatsp.cp.sequence import sequence_attention
 from megatsp.model.gpt import GPT, DecoderLayer, local
 from megatsp.model.init import initial_slice
 from megatsp.schema import Config, ModelConfig, ParallelConfig
-from megatsp.tsp.attend import SequenceAttention
+from megatsp.tp.embedding import embed_vocabulary_parallel
+from megatsp.tp.small import ReplicatedGains
+from megatsp.tp.tokens import GroupTokens
 from megatsp.tsp.attention import StreamedAttention
 from megatsp.tsp.buckets import Part, attention_part, even_cuts, head_part, mlp_part, owner_cuts
 from megatsp.tsp.embedding import embed
 from megatsp.tsp.head import StreamedHead
 from megatsp.tsp.layer import LayerTensors, StreamedLayer
 from megatsp.tsp.mlp import StreamedMLP
-from megatsp.tsp.partition import local_positions
-from megatsp.tsp.small import SmallParameters
+from megatsp.tsp.owner import Broadcast, Ring
+from megatsp.tsp.small import Small, SmallParameters
 from megatsp.tsp.stream import WeightStream
-from megatsp.tsp.transport import Broadcast, Gather, Ring, Transport
+from megatsp.tsp.transport import Gather, Resident, Transport
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,24 +48,31 @@ def h_dim(name: str) -> int | None:
     return None if kind == "bias" else H_DIM.get(owner)
 
 
-def placement(name: str, layout: str) -> Placement:
-    """How a parameter lies on the tsp axis.
+def placement(name: str, parallel: ParallelConfig) -> Placement:
+    """How a parameter lies on the axis that cuts weights.
 
-    `hidden` cuts h; `owner` cuts the other dim of a layer's matrices. Vectors without h are whole.
+    tsp: `hidden` cuts h, `owner` the other dim of a layer's matrices; vectors without h are whole.
+    tp: the other dim of every matrix, and the biases with it; norm and head gains are whole.
     """
-    dim = h_dim(name)
+    dim, owner = h_dim(name), name.split(".")[-2]
+    if max(parallel.tsp, parallel.tp) == 1:
+        return Replicate()
+    if parallel.tp > 1:
+        if name.endswith("bias"):
+            return Shard(0)
+        return Replicate() if dim is None or owner.endswith("norm") else Shard(1 - dim)
     if dim is None:
         return Replicate()
-    if layout == "owner" and name.split(".")[-2] in LAYER_MATRICES:
-        return Shard(1 - dim)
-    return Shard(dim)
+    return Shard(1 - dim if parallel.tsp_layout == "owner" and owner in LAYER_MATRICES else dim)
 
 
-def build_model(config: Config, axes: Axes) -> GPT:
+def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) -> GPT:
     """The GPT of `config` on this rank, with its first weights.
 
-    Parameters are fp32 DTensors over the mesh (tsp alone, or dp axes and tsp), named and shaped
-    as in a Hugging Face state dict.
+    Parameters are fp32 DTensors over `axes.weights` (its last dim alone without FSDP), named and
+    shaped as in a Hugging Face state dict.
+
+    fake: gives the parameters neither memory nor values.
 
     Raises:
         ValueError: a dtype or head width that a GPU's flash attention does not take.
@@ -68,11 +81,13 @@ def build_model(config: Config, axes: Axes) -> GPT:
         _check_gpu(config)
     with torch.device("meta"):
         gpt = GPT(config.model)
-    _shard(gpt, config.parallel.tsp_layout, axes)
-    if axes.dp_size > 1:
+    _shard(gpt, config.parallel, axes)
+    if axes.has_fsdp:
         _apply_fsdp(gpt, DTYPES[config.trainer.dtype], axes)
-    gpt.to_empty(device=axes.device)
-    _initialise(gpt, config, axes)
+    with fake or nullcontext():
+        gpt.to_empty(device=axes.device)
+    if fake is None:
+        _initialise(gpt, config, axes)
     _attach_streams(gpt, config, axes)
     return gpt
 
@@ -87,36 +102,39 @@ def _check_gpu(config: Config) -> None:
         )
 
 
-def _shard(gpt: GPT, layout: str, axes: Axes) -> None:
-    """Replaces every parameter by a DTensor on the tsp axis (still without data)."""
+def _shard(gpt: GPT, parallel: ParallelConfig, axes: Axes) -> None:
+    """Replaces every parameter by a DTensor on the axis that cuts weights (still without data)."""
     for name, parameter in list(gpt.named_parameters()):
         module_name, _, kind = name.rpartition(".")
         sharded = distribute_tensor(
-            parameter.data, axes.mesh["tsp"], [placement(name, layout)], src_data_rank=None
+            parameter.data, axes.weights["model"], [placement(name, parallel)], src_data_rank=None
         )
         setattr(gpt.get_submodule(module_name), kind, nn.Parameter(sharded))
 
 
 def _apply_fsdp(gpt: GPT, dtype: torch.dtype, axes: Axes) -> None:
-    """FSDP2 over dp_shard, replicas over dp_replicate; one unit a layer, one for the rest.
+    """FSDP2 over `axes.weights`; one unit a layer, and one each for an untied embedding and head.
 
-    Weights travel over dp in the compute dtype. Gradients, summed over tsp in fp32, take the compute
-    dtype once (FSDP2's parameter has it) and are summed over dp in fp32; not averaged: the loss is
-    already divided by the global number of tokens.
+    Weights travel in the compute dtype. Gradients, summed over tsp in fp32, take the compute dtype
+    once (FSDP2's parameter has it) and are summed over the other axes in fp32; not averaged: the loss
+    is already divided by the global number of tokens.
     """
-    shards = axes.mesh["dp_shard"].size()
+    shards = axes.weights["shard"].size()
 
     def shard_placement(parameter: nn.Parameter) -> Shard | None:
         assert isinstance(parameter, DTensor)
-        # The other dim than tsp's, if it divides; dim 0, cut within tsp's shards, otherwise.
-        (on_tsp,) = parameter.placements
-        if on_tsp.is_shard(0) and parameter.dim() == 2 and parameter.shape[1] % shards == 0:
+        # The other dim than the model axis's, if it divides; dim 0, cut within its shards, otherwise.
+        (on_model,) = parameter.placements
+        if on_model.is_shard(0) and parameter.dim() == 2 and parameter.shape[1] % shards == 0:
             return Shard(1)
         return None
 
-    mesh = axes.mesh["dp_replicate", "dp_shard"] if axes.mesh.size(0) > 1 else axes.mesh["dp_shard"]
+    mesh = axes.weights["replicate", "shard"] if axes.weights.size(0) > 1 else axes.weights["shard"]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*gpt.model.layers, gpt):
+    units = [*gpt.model.layers, gpt]
+    if gpt.lm_head is not None:
+        units = [gpt.model.embed_tokens, gpt.lm_head, *units]
+    for module in units:
         fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=shard_placement)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
@@ -144,40 +162,35 @@ def _initialise(gpt: GPT, config: Config, axes: Axes) -> None:
         scale = (
             math.sqrt(2 * config.model.num_layers) if name.split(".")[-2] in ("o_proj", "down_proj") else 1
         )
-        # Ranges of this rank's tsp shard in the logical tensor, by dim.
+        # Ranges of this rank's shard in the logical tensor, by dim.
         ranges = [(0, n) for n in parameter.shape]
-        cut = placement(name, config.parallel.tsp_layout)
-        assert isinstance(cut, Shard)
-        length = parameter.shape[cut.dim]
-        first = min(length, -(-length // axes.tsp.size) * axes.tsp.rank)
-        ranges[cut.dim] = (first, min(length, first + -(-length // axes.tsp.size)))
+        cut = placement(name, config.parallel)
+        if isinstance(cut, Shard):
+            ranges[cut.dim] = share(parameter.shape[cut.dim], axes.model.rank, axes.model.size)
         values = initial_slice(
             config.trainer.seed, name, ranges[dim], ranges[1 - dim], parameter.shape[1 - dim], std / scale
         )
         values = values if dim == 0 else values.t()
-        if len(parameter.placements) > 1:  # FSDP cuts the tsp shard once more
+        if len(parameter.placements) > 1:  # FSDP cuts this shard once more
             fsdp_dim = parameter.placements[-2].dim  # type: ignore[attr-defined]  # Shard or _StridedShard
-            pieces = values.chunk(axes.mesh["dp_shard"].size(), fsdp_dim)
-            rank = axes.mesh.get_local_rank("dp_shard")
+            pieces = values.chunk(axes.weights["shard"].size(), fsdp_dim)
+            rank = axes.weights.get_local_rank("shard")
             values = pieces[rank] if rank < len(pieces) else values.narrow(fsdp_dim, 0, 0)
         parameter.to_local().copy_(values)
 
 
 class Engine:
-    """What the GPT asks of its mesh beside the layers: embedding, positions, head, prefetches."""
+    """What the GPT asks of its mesh beside the layers: positions, a tied head, prefetches."""
 
-    def __init__(self, gpt: GPT, head: StreamedHead, axes: Axes, dtype: torch.dtype) -> None:
+    def __init__(self, gpt: GPT, head: StreamedHead, axes: Axes) -> None:
         self.head = head
-        self._comm, self._dtype, self._gpt = axes.tsp, dtype, gpt
+        self._axes, self._gpt = axes, gpt
         # Under FSDP the next layer's weights are not there yet when this one ends.
-        self._across_layers = axes.dp_size == 1
+        self._across_layers = not axes.has_fsdp
 
     def positions(self, ids: Tensor) -> Tensor:
-        """Global positions of the local tokens: int64 [T/D]."""
-        return local_positions(ids.shape[1] * self._comm.size, self._comm.rank, self._comm.size, ids.device)
-
-    def embed(self, ids: Tensor, weight: Tensor) -> Tensor:
-        return embed(ids, weight, self._comm, self._dtype)
+        """Global positions of the tokens that attention computes with: int64 [T_local tp]."""
+        return self._axes.positions(ids.shape[1])
 
     def after_forward(self, index: int, with_head: bool) -> Callable[[], None] | None:
         """Posts what comes after layer `index` in the forward: the next layer, or the head."""
@@ -208,6 +221,8 @@ def _shards(layer: DecoderLayer) -> LayerTensors:
 
 def _transport(part: Part, parallel: ParallelConfig, axes: Axes, dtype: torch.dtype) -> Transport:
     """`hidden` gathers everything; `owner` broadcasts attention and passes the MLP round a ring."""
+    if axes.tsp.size == 1:
+        return Resident(part, dtype)
     if parallel.tsp_layout == "hidden" or part.label == "head":
         return Gather(part, axes.tsp, dtype)
     if part.label == "attention":
@@ -215,36 +230,61 @@ def _transport(part: Part, parallel: ParallelConfig, axes: Axes, dtype: torch.dt
     return Ring(part, axes.tsp, dtype)
 
 
-def parts(model: ModelConfig, parallel: ParallelConfig) -> tuple[Part, Part, Part]:
-    """The attention, MLP and head parts in the configured numbers of buckets."""
-    if parallel.tsp_layout == "owner":
-        cuts = owner_cuts(model.ffn_hidden_size, parallel.tsp, parallel.mlp_buckets // parallel.tsp)
+def parts(model: ModelConfig, parallel: ParallelConfig, tp_rank: int = 0) -> tuple[Part, Part, Part]:
+    """The attention, MLP and head parts, as one tp rank has them, in the configured numbers of buckets."""
+    ffn, vocabulary = (
+        stop - start
+        for start, stop in (share(n, tp_rank, parallel.tp) for n in (model.ffn_hidden_size, model.vocab_size))
+    )
+    if parallel.tsp_layout == "owner" and parallel.tsp > 1:
+        cuts = owner_cuts(ffn, parallel.tsp, parallel.mlp_buckets // parallel.tsp)
     else:
-        cuts = even_cuts(model.ffn_hidden_size, parallel.mlp_buckets)
+        cuts = even_cuts(ffn, parallel.mlp_buckets)
     attention = attention_part(
-        model.num_attention_heads, model.num_query_groups, model.kv_channels, parallel.attention_buckets
+        model.num_attention_heads // parallel.tp,
+        model.num_query_groups // parallel.tp,
+        model.kv_channels,
+        parallel.attention_buckets,
     )
-    return (
-        attention,
-        mlp_part(model.ffn_hidden_size, cuts),
-        head_part(model.vocab_size, parallel.head_buckets),
-    )
+    return attention, mlp_part(ffn, cuts), head_part(vocabulary, parallel.head_buckets)
+
+
+def share(length: int, rank: int, ranks: int) -> tuple[int, int]:
+    """[start, stop) of what DTensor's Shard gives `rank`: the same to each but the last ones."""
+    chunk = -(-length // ranks)
+    return min(length, chunk * rank), min(length, chunk * (rank + 1))
 
 
 def _attach_streams(gpt: GPT, config: Config, axes: Axes) -> None:
-    """Gives every layer and the head their streams."""
-    model, dtype = config.model, DTYPES[config.trainer.dtype]
+    """Gives embedding, layers and head what computes them on this mesh."""
+    model, parallel, dtype = config.model, config.parallel, DTYPES[config.trainer.dtype]
     attention, mlp, head = (
-        _transport(p, config.parallel, axes, dtype) for p in parts(model, config.parallel)
+        _transport(p, parallel, axes, dtype) for p in parts(model, parallel, axes.tp.rank)
     )
-    sequence = SequenceAttention(axes.tsp, config.parallel.kv_exchange, model.kv_channels**-0.5)
+    sequence = sequence_attention(
+        parallel.kv_exchange, axes.sequence, axes.cp, axes.tsp, model.kv_channels**-0.5
+    )
+    tokens = GroupTokens(axes.tp)
+    first_row, _ = share(model.vocab_size, axes.tp.rank, axes.tp.size)
+
+    def small() -> Small:
+        return ReplicatedGains(axes.tp) if axes.tp.size > 1 else SmallParameters(axes.tsp)
+
     for index in range(model.num_layers):
         gpt.layer(index).stream = StreamedLayer(
             StreamedAttention(model, WeightStream(attention), sequence),
             StreamedMLP(WeightStream(mlp)),
-            SmallParameters(axes.tsp),
+            small(),
+            tokens,
             model.norm_epsilon,
             config.trainer.recompute_granularity,
         )
-    streamed_head = StreamedHead(WeightStream(head), SmallParameters(axes.tsp), model.norm_epsilon)
-    gpt.engine = Engine(gpt, streamed_head, axes, dtype)
+    streamed_head = StreamedHead(WeightStream(head), small(), tokens, first_row, model.norm_epsilon)
+    if axes.tp.size > 1:
+        lookup = partial(embed_vocabulary_parallel, tokens=tokens, first_row=first_row, dtype=dtype)
+    else:
+        lookup = partial(embed, comm=axes.tsp, dtype=dtype)
+    gpt.model.embed_tokens.lookup = lookup
+    if gpt.lm_head is not None:
+        gpt.lm_head.loss = streamed_head
+    gpt.engine = Engine(gpt, streamed_head, axes)

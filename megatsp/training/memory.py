@@ -5,10 +5,11 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import Shard
 
 from megatsp.model.gpt import GPT
-from megatsp.model.parallelize import DTYPES, LAYER_MATRICES, h_dim, parts
-from megatsp.schema import Config
+from megatsp.model.parallelize import DTYPES, parts, placement
+from megatsp.schema import Config, ParallelConfig
 from megatsp.tsp.buckets import width
 
 FP32 = 4
@@ -22,19 +23,19 @@ class RankBytes:
     gradients: int
     optimizer: int
     saved_activations: int
-    buckets: int
+    gathered: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.saved_activations + self.buckets
+        return self.weights + self.gradients + self.optimizer + self.saved_activations + self.gathered
 
 
 def predict(config: Config) -> RankBytes:
     """What one rank of a validated configuration holds at the start of the backward pass.
 
     weights, gradients, optimizer: fp32 shards. saved_activations: what the layers keep for the
-    backward (see tsp/layer.py). buckets: the two largest that stream at a time. Not in it: the
-    working memory of the layer being computed.
+    backward (see tsp/layer.py). gathered: weights on their way and in use; the two largest buckets that
+    stream, and two layers under FSDP. Not in it: the working memory of the layer being computed.
     """
     shard = sum(_shard_elements(config))
     return RankBytes(
@@ -42,43 +43,52 @@ def predict(config: Config) -> RankBytes:
         gradients=FP32 * shard,
         optimizer=2 * FP32 * shard,
         saved_activations=_saved_activation_bytes(config),
-        buckets=2 * max(_bucket_bytes(config)),
+        gathered=_gathered_bytes(config),
     )
 
 
 def _shard_elements(config: Config) -> list[int]:
     """Elements of each parameter on the rank that holds most."""
     parallel, elements = config.parallel, []
+    fsdp = _fsdp_ranks(parallel)
     with torch.device("meta"):
         named = list(GPT(config.model).named_parameters())
     for name, parameter in named:
-        dim, shape = h_dim(name), list(parameter.shape)
-        if dim is not None:
-            if parallel.tsp_layout == "owner" and name.split(".")[-2] in LAYER_MATRICES:
-                dim = 1 - dim
-            shape[dim] = -(-shape[dim] // parallel.tsp)
-        elements.append(-(-torch.Size(shape).numel() // parallel.dp_shard))
+        shape, cut = list(parameter.shape), placement(name, parallel)
+        if isinstance(cut, Shard):
+            shape[cut.dim] = -(-shape[cut.dim] // (parallel.tsp * parallel.tp))  # one of them is 1
+        elements.append(-(-torch.Size(shape).numel() // fsdp))
     return elements
 
 
 def _saved_activation_bytes(config: Config) -> int:
     model, trainer = config.model, config.trainer
     size = DTYPES[trainer.dtype].itemsize
-    tokens = trainer.micro_batch_size * trainer.seq_length // config.parallel.tsp
+    p = config.parallel
+    # tp holds all tokens of its group inside attention and MLP, and 1/tp of their columns.
+    tokens = trainer.micro_batch_size * trainer.seq_length // (p.cp * p.tsp * p.tp)
     query, kv = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
     per_token = model.hidden_size * size  # the layer's input
     if trainer.recompute_granularity != "full":
         # the MLP's input, attention's output and log-sum-exp
         per_token += (model.hidden_size + query) * size + model.num_attention_heads * FP32
     if trainer.recompute_granularity == "none":
-        per_token += (query + 2 * kv + 2 * model.ffn_hidden_size) * size
+        ffn = -(-model.ffn_hidden_size // p.tp) * p.tp  # the largest share's, as if all had it
+        per_token += (query + 2 * kv + 2 * ffn) * size
     return model.num_layers * tokens * per_token
 
 
-def _bucket_bytes(config: Config) -> list[int]:
-    size = DTYPES[config.trainer.dtype].itemsize
-    widths = [width(b) for part in parts(config.model, config.parallel) for b in part.buckets]
-    return [w * config.model.hidden_size * size for w in widths]
+def _gathered_bytes(config: Config) -> int:
+    h, p, size = config.model.hidden_size, config.parallel, DTYPES[config.trainer.dtype].itemsize
+    attention, mlp, head = ([width(b) for b in part.buckets] for part in parts(config.model, p))
+    columns = 2 * max(attention + mlp + head) if p.tsp > 1 else 0
+    if _fsdp_ranks(p) > 1:
+        columns += 2 * -(-(sum(attention) + sum(mlp)) // p.tsp)
+    return columns * h * size
+
+
+def _fsdp_ranks(parallel: ParallelConfig) -> int:
+    return parallel.dp_shard * (parallel.cp if parallel.fsdp_over_cp else 1)
 
 
 def peak_memory_gib(device: torch.device) -> float:

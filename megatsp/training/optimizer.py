@@ -137,8 +137,9 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     # Every rank's part to every rank, in one sum: the norm is the same to the bit everywhere.
     dist.all_reduce(square)
     norm = square.sqrt()
-    if limit > 0 and norm.isfinite():
-        clip_grads_with_norm_(parameters, limit, norm)
+    if limit > 0:
+        # A norm of 0 scales nothing. No branch on the norm: a GPU would be waited for here.
+        clip_grads_with_norm_(parameters, limit, norm.where(norm.isfinite(), 0.0))
     return norm
 
 

@@ -29,7 +29,7 @@ from megatsp.training.logs import Reporter, evaluation_line, iteration_line, rea
 from megatsp.training.optimizer import AdamW, clip_gradients
 from megatsp.training.plot import plot_loss
 from megatsp.training.schedule import learning_rate
-from megatsp.tsp.partition import take_local
+from megatsp.training.step import accumulate_gradients
 from megatsp.validate import validate
 
 
@@ -134,12 +134,8 @@ class Training:
         batches = [self._local_batch(self.train_data, chosen) for chosen in slices]
         # How many tokens carry loss, over all ranks: so each token weighs the same.
         loss_tokens = _sum_over_ranks(torch.stack([mask.sum() for *_, mask in batches]).sum())
-        losses = []
-        for batch in batches:
-            token_losses = self.gpt(*batch)
-            (token_losses.sum() / loss_tokens).backward()
-            losses.append(token_losses.detach().sum(1))
-        mine = torch.stack(losses).sum() / loss_tokens
+        losses = accumulate_gradients(self.gpt, batches, loss_tokens)
+        mine = losses.sum() / loss_tokens
         loss, stops = _sum_over_ranks(torch.stack([mine, mine.new_tensor(bool(interrupted))])).tolist()
         norm = clip_gradients(self.gpt, config.optimizer.clip_grad).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -196,10 +192,7 @@ class Training:
 
     def _local_batch(self, data: GPTDataset, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's zigzag share of the samples: ids, labels, mask [B, T/D]."""
-        ids, labels, mask = (
-            take_local(t, self.axes.tsp.rank, self.axes.tsp.size).to(self.axes.device)
-            for t in load_batch(data, indices)
-        )
+        ids, labels, mask = (self.axes.take_local(t).to(self.axes.device) for t in load_batch(data, indices))
         return ids, labels, mask
 
     def _open_folder(self) -> None:
@@ -223,7 +216,7 @@ class Training:
         norm: float,
         indices: np.ndarray,
         slices: list[np.ndarray],
-        losses: list[Tensor],
+        losses: Tensor,
     ) -> str:
         """What to say of a loss that is not finite: the iteration and the batch's documents."""
         finite = {

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatsp.cp.sequence import SequenceAttention
 from megatsp.model.rotary import inverse, rotate
 from megatsp.schema import ModelConfig
-from megatsp.tsp.attend import SequenceAttention
-from megatsp.tsp.buckets import Bucket
-from megatsp.tsp.linear import accumulate, product
+from megatsp.tsp.buckets import Bucket, Columns
+from megatsp.tsp.linear import Total, products, project
 from megatsp.tsp.norm import rms_norm, rms_norm_backward
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
@@ -83,19 +83,18 @@ class StreamedAttention:
         keep_projected: bool,
         following: Callable[[], None] | None,
     ) -> tuple[Tensor, dict[int, SavedBucket]]:
-        """x: [B, T/D, h], normalised. Returns y [B, T/D, h] in fp32, and what backward needs, by step."""
-        y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        rows, saved = x.flatten(0, 1), {}
+        """x: [B, T/D, h], normalised. Returns y like x (see `Total`), and what backward needs, by step."""
+        rows, y, saved = x.flatten(0, 1), Total(self._stream.steps), {}
 
-        def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
-            projected = self._project(rows, matrix, bucket, vectors)
+        def use(step: int, bucket: Bucket, columns: Columns) -> None:
+            projected = self._project(rows, columns, bucket, vectors)
             q, k, v = self._heads(projected.view(*x.shape[:2], -1), bucket, vectors, table)
             out, lse = self._sequence.forward(q, k, v)
-            accumulate(y.flatten(0, 1), _rows(out), matrix[:, -bucket[3].width :].t())
+            y.add(_rows(out), columns.pieces[3].t())
             saved[step] = SavedBucket(out, lse, projected if keep_projected else None)
 
         self._stream.walk(weights, use, following)
-        return y, saved
+        return y.value(x.shape), saved
 
     def backward(
         self,
@@ -109,39 +108,38 @@ class StreamedAttention:
     ) -> tuple[Tensor, Gradients, HeadVectors]:
         """dy: [B, T/D, h] in the compute dtype. Empties `saved` as it goes.
 
-        Returns dx in fp32, the weight gradients (the last bucket's still on its way: see
+        Returns dx (see `Total`), the weight gradients (the last bucket's still on its way: see
         `Gradients.finish`), and the LOCAL tokens' share of the vectors' gradients.
         """
-        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         rows, drows, dvectors = x.flatten(0, 1), dy.flatten(0, 1), vectors.zeros()
-        gradients = self._stream.gradients(weights)
+        dx, gradients = Total(self._stream.steps), self._stream.gradients(weights)
 
-        def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
-            kept, split = saved.pop(step), bucket[3].width
+        def use(step: int, bucket: Bucket, columns: Columns) -> None:
+            kept = saved.pop(step)
             projected = kept.projected
             if projected is None:
-                projected = self._project(rows, matrix, bucket, vectors)
+                projected = self._project(rows, columns, bucket, vectors)
             projected = projected.view(*x.shape[:2], -1)
-            dout = (drows @ matrix[:, -split:]).view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
+            dout = (drows @ columns.pieces[3]).view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
             dq, kv_gradients = self._sequence.backward(
                 dout, *self._heads(projected, bucket, vectors, table), kept.out, kept.lse
             )
-            dmatrix = gradients.buffer(step)
+            dcolumns = gradients.buffer(step)
             # While the gradients of keys and values travel:
-            product(dmatrix[:, -split:], drows.t(), _rows(kept.out))
+            products(dcolumns.pieces[3:], drows.t(), _rows(kept.out))
             dheads = (dq, *kv_gradients())
             dprojected = self._heads_backward(dheads, projected, bucket, vectors, dvectors, table)
-            dprojected = dprojected.flatten(0, 1).to(x.dtype)
-            product(dmatrix[:, :-split], rows.t(), dprojected)
-            gradients.send(step, dmatrix)
-            accumulate(dx.flatten(0, 1), dprojected, matrix[:, :-split].t())
+            dprojected = dprojected.flatten(0, 1)
+            products(dcolumns.first(3), rows.t(), dprojected)
+            gradients.send(step, dcolumns)
+            dx.add_transposed(dprojected, columns.first(3))
 
         self._stream.walk(weights, use, following)
-        return dx, gradients, dvectors
+        return dx.value(x.shape), gradients, dvectors
 
-    def _project(self, rows: Tensor, matrix: Tensor, bucket: Bucket, vectors: HeadVectors) -> Tensor:
+    def _project(self, rows: Tensor, columns: Columns, bucket: Bucket, vectors: HeadVectors) -> Tensor:
         """[B T/D, h] to the bucket's q, k and v columns, side by side."""
-        projected = rows @ matrix[:, : -bucket[3].width]
+        projected = project(rows, columns.first(3))
         if vectors.biases:
             biases = [b[s.start : s.stop] for b, s in zip(vectors.biases, bucket[:3], strict=True)]
             projected += torch.cat(biases).to(projected.dtype)
@@ -165,20 +163,26 @@ class StreamedAttention:
         dvectors: HeadVectors,
         table: RotaryTable,
     ) -> Tensor:
-        """Gradient of the projected columns [B, T/D, columns], fp32; adds to `dvectors`."""
+        """Gradient of the projected columns [B, T/D, columns] in their dtype; adds to `dvectors`."""
+        gradient = torch.empty_like(projected)
+        spans = [t.unflatten(-1, (-1, self._head_width)) for t in _columns(gradient, bucket)]
         dq, dk, dv = dheads
-        dhead_list = [t.transpose(1, 2) for t in (rotate(dq, inverse(table)), rotate(dk, inverse(table)), dv)]
+        for target, dhead in zip(spans, (dq, dk), strict=False):
+            rotate(dhead, inverse(table), out=target.transpose(1, 2))
+        spans[2].copy_(dv.transpose(1, 2))
         if vectors.gains and dvectors.gains:
             inputs = _columns(projected, bucket)
             for i, gain in enumerate(vectors.gains):
                 heads = inputs[i].unflatten(-1, (-1, self._head_width))
-                dhead_list[i], dgain = rms_norm_backward(dhead_list[i], heads, gain, self._epsilon)
+                dhead, dgain = rms_norm_backward(spans[i], heads, gain, self._epsilon)
+                spans[i].copy_(dhead)
                 dvectors.gains[i].add_(dgain)
-        columns = [t.flatten(2) for t in dhead_list]
         if dvectors.biases:
-            for dbias, span, column in zip(dvectors.biases, bucket[:3], columns, strict=True):
-                dbias[span.start : span.stop] += column.sum((0, 1))
-        return torch.cat(columns, -1)
+            for dbias, span, column in zip(
+                dvectors.biases, bucket[:3], _columns(gradient, bucket), strict=True
+            ):
+                dbias[span.start : span.stop] += column.sum((0, 1), dtype=torch.float32)
+        return gradient
 
 
 def _columns(projected: Tensor, bucket: Bucket) -> tuple[Tensor, ...]:

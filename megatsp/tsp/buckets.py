@@ -5,6 +5,7 @@ that dimension first: [h, n], n the matrix's columns. A bucket is a range of col
 matrix it needs, side by side: one [h, R] tensor, and whoever computes with it slices R.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -48,6 +49,26 @@ class Part:
 def h_major(weight: Tensor, matrix: Matrix) -> Tensor:
     """The [h, n] view of a weight (or of its gradient, or of a slice of either)."""
     return weight if matrix.h_dim == 0 else weight.t()
+
+
+class Columns:
+    """A bucket in memory: the [h, n] columns of each of its matrices, or of their gradients.
+
+    pieces: one tensor a span. whole: [h, R], if the pieces lie side by side in it.
+    """
+
+    def __init__(self, pieces: Sequence[Tensor], whole: Tensor | None = None) -> None:
+        self.pieces, self.whole = pieces, whole
+
+    @classmethod
+    def of(cls, whole: Tensor, bucket: Bucket) -> "Columns":
+        return cls(whole.split([s.width for s in bucket], 1), whole)
+
+    def first(self, count: int) -> Sequence[Tensor]:
+        """The first `count` pieces, as one tensor where they lie side by side."""
+        if self.whole is None:
+            return self.pieces[:count]
+        return [self.whole[:, : sum(piece.shape[1] for piece in self.pieces[:count])]]
 
 
 def width(bucket: Bucket) -> int:

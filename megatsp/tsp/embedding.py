@@ -29,9 +29,11 @@ class _Embed(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, ids: Tensor, comm: Comm, dtype: torch.dtype) -> Tensor:
         all_ids = comm.all_gather(ids[None].int(), "embedding/ids").wait()  # [D, B, T/D]
         columns = torch.nn.functional.embedding(all_ids, weight).to(dtype)  # [D, B, T/D, h/D]
-        arrived = comm.all_to_all(columns, "embedding/forward").wait()  # [D(of h), B, T/D, h/D]
         ctx.save_for_backward(all_ids)
         ctx.comm, ctx.rows, ctx.weight_dtype = comm, weight.shape[0], weight.dtype
+        if comm.size == 1:  # not a view, which FSDP2 does not take as a module's output
+            return torch.ops.aten._unsafe_view(columns, columns.shape[1:])
+        arrived = comm.all_to_all(columns, "embedding/forward").wait()  # [D(of h), B, T/D, h/D]
         return arrived.movedim(0, 2).flatten(2)
 
     @staticmethod

@@ -13,18 +13,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatsp.tsp.buckets import Bucket, Span
-from megatsp.tsp.linear import accumulate, product
+from megatsp.tp.tokens import GroupTokens
+from megatsp.tsp.attention import HeadVectors
+from megatsp.tsp.buckets import Bucket, Columns, Span
+from megatsp.tsp.linear import Total, products
 from megatsp.tsp.norm import rms_norm, rms_norm_backward
-from megatsp.tsp.small import SmallParameters
+from megatsp.tsp.small import Small
 from megatsp.tsp.stream import WeightStream
 
 
 class StreamedHead:
-    """Sum of the masked next-token losses of the local tokens."""
+    """The masked next-token losses of the local tokens.
 
-    def __init__(self, stream: WeightStream, small: SmallParameters, epsilon: float) -> None:
-        self.stream, self.small, self.epsilon = stream, small, epsilon
+    tokens: the tp group, of which this rank holds the vocabulary's rows from `first_row`.
+    """
+
+    def __init__(
+        self, stream: WeightStream, small: Small, tokens: GroupTokens, first_row: int, epsilon: float
+    ) -> None:
+        self.stream, self.small, self.tokens = stream, small, tokens
+        self.first_row, self.epsilon = first_row, epsilon
 
     def prefetch_forward(self, gain: Tensor, weight: Tensor) -> None:
         self.small.prefetch([gain])
@@ -41,7 +49,7 @@ class StreamedHead:
     ) -> Tensor:
         """Losses of x [B, T/D, h] against labels [B, T/D] (int64), weighted by mask [B, T/D].
 
-        gain: [h/D]; weight: [V, h/D]. preceding: posts what comes after this backward.
+        gain: [h/D]; weight: [V, h/D] or [V/tp, h]. preceding: posts what comes after this backward.
         Returns each token's weighted loss, fp32 [B, T/D].
         """
         return _Head.apply(x, labels, mask, gain, weight, self, preceding)
@@ -60,48 +68,55 @@ class _Head(torch.autograd.Function):
         preceding: Callable[[], None] | None,
     ) -> Tensor:
         gains = head.small.gains([gain])
-        rows = rms_norm(x, gains[0], head.epsilon).flatten(0, 1)
-        targets = labels.flatten()
+        rows = _normalised(x, gains, head).flatten(0, 1)
+        targets = head.tokens.gather(labels, "head/labels").wait().flatten() - head.first_row
         lse = torch.full(targets.shape, float("-inf"), dtype=torch.float32, device=x.device)
         target_logits = torch.zeros_like(lse)
 
-        def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
-            logits = (rows @ matrix).float()
+        def use(step: int, bucket: Bucket, columns: Columns) -> None:
+            logits = (rows @ columns.pieces[0]).float()
             torch.logaddexp(lse, logits.logsumexp(-1), out=lse)
             inside, column = _targets_inside(targets, bucket[0])
             target_logits.add_(logits.gather(1, column[:, None])[:, 0] * inside)
 
         head.stream.walk([weight], use)
+        lse, target_logits = head.tokens.combine(lse, target_logits)
         ctx.save_for_backward(x, targets, mask, gain, weight, gains, lse)
         ctx.head, ctx.preceding = head, preceding
-        return (lse - target_logits).view_as(mask) * mask
+        return head.tokens.own((lse - target_logits).view(x.shape[0], -1)) * mask
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         x, targets, mask, gain, weight, gains, lse = ctx.saved_tensors
         head = ctx.head
-        rows = rms_norm(x, gains[0], head.epsilon).flatten(0, 1)
-        scale = (dloss * mask).flatten()[:, None]
-        drows = torch.zeros(rows.shape, dtype=torch.float32, device=x.device)
-        gradients = head.stream.gradients([weight])
+        rows = _normalised(x, gains, head).flatten(0, 1)
+        scale = head.tokens.gather(dloss * mask, "head/loss").wait().flatten()[:, None]
+        drows, gradients = Total(head.stream.steps), head.stream.gradients([weight])
 
-        def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
+        def use(step: int, bucket: Bucket, columns: Columns) -> None:
             # d loss / d logits = softmax - one_hot(target)
-            dlogits = (rows @ matrix).float().sub_(lse[:, None]).exp_()
+            dlogits = (rows @ columns.pieces[0]).float().sub_(lse[:, None]).exp_()
             inside, column = _targets_inside(targets, bucket[0])
             dlogits.scatter_add_(1, column[:, None], -inside.float()[:, None])
             dlogits = dlogits.mul_(scale).to(x.dtype)
-            dmatrix = gradients.buffer(step)
-            product(dmatrix, rows.t(), dlogits)
-            gradients.send(step, dmatrix)
-            accumulate(drows, dlogits, matrix.t())
+            dcolumns = gradients.buffer(step)
+            products(dcolumns.pieces, rows.t(), dlogits)
+            gradients.send(step, dcolumns)
+            drows.add(dlogits, columns.pieces[0].t())
 
         head.stream.walk([weight], use, ctx.preceding)
-        dx, dgain = rms_norm_backward(drows.view(x.shape), x, gains[0], head.epsilon)
+        partial = drows.value((x.shape[0], -1, x.shape[2]))
+        dnormed = head.tokens.reduce_scatter(partial, "head/backward").wait()
+        dx, dgain = rms_norm_backward(dnormed, x, gains[0], head.epsilon)
         (dweight,) = gradients.finish()
-        (dgain,), _ = head.small.reduce([dgain], [])
+        (dgain,), _ = head.small.reduce([dgain], HeadVectors())
         return dx.to(x.dtype), None, None, dgain.to(gain.dtype), dweight.to(weight.dtype), None, None
+
+
+def _normalised(x: Tensor, gains: Tensor, head: StreamedHead) -> Tensor:
+    """norm(x) of all tokens of the group: [B, T/D tp, h]."""
+    return head.tokens.gather(rms_norm(x, gains[0], head.epsilon), "head/tokens").wait()
 
 
 def _targets_inside(targets: Tensor, span: Span) -> tuple[Tensor, Tensor]:

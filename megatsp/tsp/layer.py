@@ -1,4 +1,7 @@
-"""One decoder layer on a TSP group: x + attention(norm(x)), then + mlp(norm(.)).
+"""One decoder layer: x + attention(norm(x)), then + mlp(norm(.)).
+
+Under tensor parallelism norms and residuals see this rank's own tokens, attention and MLP those of
+its tp group (see tp/tokens.py); otherwise the two are the same.
 
 What the backward computes again, by `recompute_granularity`; beside x every setting keeps
 
@@ -18,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatsp.tp.tokens import GroupTokens
 from megatsp.tsp.attention import HeadVectors, RotaryTable, SavedBucket, StreamedAttention
 from megatsp.tsp.mlp import StreamedMLP
 from megatsp.tsp.norm import rms_norm, rms_norm_backward
-from megatsp.tsp.small import SmallParameters
+from megatsp.tsp.small import Small
 
 
 @dataclass
@@ -48,11 +52,12 @@ class StreamedLayer:
         self,
         attention: StreamedAttention,
         mlp: StreamedMLP,
-        small: SmallParameters,
+        small: Small,
+        tokens: GroupTokens,
         epsilon: float,
         recompute: str,
     ) -> None:
-        self.attention, self.mlp, self.small = attention, mlp, small
+        self.attention, self.mlp, self.small, self.tokens = attention, mlp, small, tokens
         self.epsilon, self.recompute = epsilon, recompute
 
     def prefetch_forward(self, tensors: LayerTensors) -> None:
@@ -73,7 +78,7 @@ class StreamedLayer:
         following: Callable[[], None] | None,
         preceding: Callable[[], None] | None,
     ) -> Tensor:
-        """[B, T/D, h] to [B, T/D, h].
+        """[B, T_local, h] to [B, T_local, h].
 
         following: posts what comes after this layer's forward; preceding: after its backward.
         """
@@ -110,8 +115,9 @@ class _Layer(torch.autograd.Function):
         full = layer.recompute == "full"
         if full or not grad:
             attention.clear()
-        normed = rms_norm(middle, gains[1], layer.epsilon)
+        normed = layer.tokens.gather(rms_norm(middle, gains[1], layer.epsilon), "mlp/tokens").wait()
         y, mlp = layer.mlp.forward(normed, tensors.mlp, keep, following)
+        y = layer.tokens.reduce_scatter(y, "mlp/tokens").wait()
         if grad:
             ctx.save_for_backward(x, *flat)
             ctx.layer, ctx.table, ctx.preceding = layer, table, preceding
@@ -134,19 +140,24 @@ class _Layer(torch.autograd.Function):
         if middle is None:
             middle, attention = _attention_forward(layer, x, kept.gains, tensors, table, True, prefetch_mlp)
         normed = rms_norm(middle, kept.gains[1], layer.epsilon)
-        dnormed, mlp_gradients = layer.mlp.backward(dout, normed, tensors.mlp, kept.mlp, prefetch_attention)
+        normed, dy = _gathered(layer.tokens, normed, dout, "mlp/tokens")
+        dnormed, mlp_gradients = layer.mlp.backward(dy, normed, tensors.mlp, kept.mlp, prefetch_attention)
+        dnormed = layer.tokens.reduce_scatter(dnormed, "mlp/tokens").wait()
         dmiddle, dgain_mlp = rms_norm_backward(dnormed, middle, kept.gains[1], layer.epsilon)
-        del middle, normed, dnormed
+        del middle, normed, dy, dnormed
         dmiddle += dout
 
         normed = rms_norm(x, kept.gains[0], layer.epsilon)
+        normed, dy = _gathered(layer.tokens, normed, dmiddle.to(x.dtype), "attention/tokens")
         dnormed, attention_gradients, dvectors = layer.attention.backward(
-            dmiddle.to(x.dtype), normed, tensors.attention, tensors.vectors, table, attention, preceding
+            dy, normed, tensors.attention, tensors.vectors, table, attention, preceding
         )
+        dnormed = layer.tokens.reduce_scatter(dnormed, "attention/tokens").wait()
+        del normed, dy
         dx, dgain_attention = rms_norm_backward(dnormed, x, kept.gains[0], layer.epsilon)
         dx += dmiddle
 
-        dgains, dvector_sums = layer.small.reduce([dgain_attention, dgain_mlp], dvectors.tensors())
+        dgains, dvector_sums = layer.small.reduce([dgain_attention, dgain_mlp], dvectors)
         gradients = [*attention_gradients.finish(), *mlp_gradients.finish(), *dgains, *dvector_sums]
         return (
             dx.to(x.dtype), None, None, None, None, None, None,
@@ -164,11 +175,18 @@ def _attention_forward(
     following: Callable[[], None],
 ) -> tuple[Tensor, dict[int, SavedBucket]]:
     """x + attention(norm(x)) in x's dtype, and what attention's backward needs."""
-    normed = rms_norm(x, gains[0], layer.epsilon)
+    normed = layer.tokens.gather(rms_norm(x, gains[0], layer.epsilon), "attention/tokens").wait()
     y, saved = layer.attention.forward(
         normed, tensors.attention, tensors.vectors, table, keep_projected, following
     )
+    y = layer.tokens.reduce_scatter(y, "attention/tokens").wait()
     return y.add_(x).to(x.dtype), saved
+
+
+def _gathered(tokens: GroupTokens, x: Tensor, dy: Tensor, label: str) -> tuple[Tensor, Tensor]:
+    """Both for all tokens of the group; the two transfers run side by side."""
+    pending, dpending = tokens.gather(x, label), tokens.gather(dy, label)
+    return pending.wait(), dpending.wait()
 
 
 def _unflatten(flat: Sequence[Tensor], biased: bool, head_normed: bool) -> LayerTensors:

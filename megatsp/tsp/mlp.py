@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatsp.tsp.buckets import Bucket
-from megatsp.tsp.linear import accumulate, product
+from megatsp.tsp.buckets import Bucket, Columns
+from megatsp.tsp.linear import Total, products, project
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
 
@@ -31,20 +31,18 @@ class StreamedMLP:
         keep: bool,
         following: Callable[[], None] | None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """x: [B, T/D, h], normalised. Returns y in fp32 and, if `keep`, gate and up columns by step."""
-        y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        rows, saved = x.flatten(0, 1), {}
+        """x: [B, T/D, h], normalised. Returns y (see `Total`) and, if `keep`, gate and up columns by step."""
+        rows, y, saved = x.flatten(0, 1), Total(self._stream.steps), {}
 
-        def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
-            width = bucket[0].width
-            gate_up = rows @ matrix[:, : 2 * width]
+        def use(step: int, bucket: Bucket, columns: Columns) -> None:
+            gate_up = project(rows, columns.first(2))
             gate, up = gate_up.chunk(2, -1)
-            accumulate(y.flatten(0, 1), F.silu(gate) * up, matrix[:, 2 * width :].t())
+            y.add(F.silu(gate).mul_(up), columns.pieces[2].t())
             if keep:
                 saved[step] = gate_up
 
         self._stream.walk(weights, use, following)
-        return y, saved
+        return y.value(x.shape), saved
 
     def backward(
         self,
@@ -56,37 +54,31 @@ class StreamedMLP:
     ) -> tuple[Tensor, Gradients]:
         """dy: [B, T/D, h] in the compute dtype; what `saved` lacks is computed again.
 
-        Returns dx in fp32 and the weight gradients (the last bucket's still on its way: see
+        Returns dx (see `Total`) and the weight gradients (the last bucket's still on its way: see
         `Gradients.finish`). Empties `saved` as it goes.
         """
-        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        rows, drows = x.flatten(0, 1), dy.flatten(0, 1)
+        rows, drows, dx = x.flatten(0, 1), dy.flatten(0, 1), Total(self._stream.steps)
         gradients = self._stream.gradients(weights)
 
-        def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
-            width = bucket[0].width
-            gate_up = saved.pop(step) if step in saved else rows @ matrix[:, : 2 * width]
-            dgate_up, activation = _swiglu_backward(drows @ matrix[:, 2 * width :], gate_up)
-            dmatrix = gradients.buffer(step)
-            product(dmatrix[:, : 2 * width], rows.t(), dgate_up)
-            product(dmatrix[:, 2 * width :], drows.t(), activation)
-            gradients.send(step, dmatrix)
-            accumulate(dx.flatten(0, 1), dgate_up, matrix[:, : 2 * width].t())
+        def use(step: int, bucket: Bucket, columns: Columns) -> None:
+            gate_up = saved.pop(step) if step in saved else project(rows, columns.first(2))
+            dgate_up, activation = _swiglu_backward(drows @ columns.pieces[2], gate_up)
+            dcolumns = gradients.buffer(step)
+            products(dcolumns.first(2), rows.t(), dgate_up)
+            products(dcolumns.pieces[2:], drows.t(), activation)
+            gradients.send(step, dcolumns)
+            dx.add_transposed(dgate_up, columns.first(2))
 
         self._stream.walk(weights, use, following)
-        return dx, gradients
+        return dx.value(x.shape), gradients
 
 
 def _swiglu_backward(dactivation: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of (gate, up), and the activation silu(gate) * up again; in gate_up's dtype."""
-    gate, up = gate_up.float().chunk(2, -1)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    activation = (silu * up).to(gate_up.dtype)
+    """Gradient of (gate, up), and the activation silu(gate) * up again; overwrites `dactivation`."""
+    gate, up = gate_up.chunk(2, -1)
     dgate_up = torch.empty_like(gate_up)
     dgate, dup = dgate_up.chunk(2, -1)
-    dup.copy_(dactivation * silu)
-    # silu' = sigmoid + silu (1 - sigmoid); in place, for this is where a step's memory peaks
-    sigmoid += silu.mul_(1 - sigmoid)
-    dgate.copy_(sigmoid.mul_(up).mul_(dactivation))
-    return dgate_up, activation
+    activation = F.silu(gate)
+    torch.mul(dactivation, activation, out=dup)
+    torch.ops.aten.silu_backward.grad_input(dactivation.mul_(up), gate, grad_input=dgate)
+    return dgate_up, activation.mul_(up)

@@ -9,17 +9,21 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) * gain: [.., n] with gain [n]; normalised in fp32, returned in x's dtype."""
-    return (x.float() * _inverse_rms(x, epsilon)).to(x.dtype) * gain.to(x.dtype)
+    return (x * _inverse_rms(x, epsilon)).to(x.dtype).mul_(gain.to(x.dtype))
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Gradients of rms_norm: dx [.., n] and dgain [n], both fp32."""
-    dy, inverse = dy.float(), _inverse_rms(x, epsilon)
-    unit = x.float() * inverse
-    dgain = (dy * unit).flatten(0, -2).sum(0)
-    dunit = dy * gain.float()
-    return inverse * (dunit - unit * (dunit * unit).mean(-1, keepdim=True)), dgain
+    # With r = 1 / rms(x): dx = r dy gain - x r^3 <dy gain, x> / n, and dgain = sum of r dy x.
+    dy, x, gain, inverse = dy.float(), x.float(), gain.float(), _inverse_rms(x, epsilon)
+    products = (dy * x).flatten(0, -2)
+    dgain = inverse.flatten() @ products
+    projection = (products @ gain).view_as(inverse).mul_(inverse**3 / x.shape[-1])
+    del products
+    return (dy * gain).mul_(inverse).addcmul_(x, projection, value=-1), dgain
 
 
 def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
-    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
+    """fp32 [.., 1]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()

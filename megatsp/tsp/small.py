@@ -5,15 +5,29 @@ home by one all-reduce, of which a gain's owner takes its slice.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatsp.comm import Comm, Pending
+from megatsp.tsp.attention import HeadVectors
+
+
+class Small(Protocol):
+    """`prefetch()` posts the gains, `gains()` takes them; `reduce()` sends gradients home."""
+
+    def prefetch(self, shards: Sequence[Tensor]) -> None: ...
+
+    def gains(self, shards: Sequence[Tensor]) -> Tensor:
+        """The whole gains: [n, h]."""
+
+    def reduce(self, dgains: Sequence[Tensor], dvectors: HeadVectors) -> tuple[list[Tensor], list[Tensor]]:
+        """From this rank's share of the gradients to those of its parameters, fp32."""
 
 
 class SmallParameters:
-    """`prefetch()` posts the gains, `gains()` takes them; `reduce()` sends gradients home."""
+    """`Small` on the tsp axis: gains are cut over h, vectors are whole."""
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
@@ -38,11 +52,9 @@ class SmallParameters:
         assert pending is not None
         return pending.wait()
 
-    def reduce(
-        self, dgains: Sequence[Tensor], dvectors: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def reduce(self, dgains: Sequence[Tensor], dvectors: HeadVectors) -> tuple[list[Tensor], list[Tensor]]:
         """Sums local gradients over the group: gains' as their [h/D] shards, vectors' whole; fp32."""
-        local = [*dgains, *dvectors]
+        local = [*dgains, *dvectors.tensors()]
         total = self._comm.all_reduce(torch.cat([t.flatten() for t in local]), "small").wait()
         sums = [s.view_as(t) for s, t in zip(total.split([t.numel() for t in local]), local, strict=True)]
         shards = [s.chunk(self._comm.size)[self._comm.rank].clone() for s in sums[: len(dgains)]]

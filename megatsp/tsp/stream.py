@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from megatsp.comm import Pending
-from megatsp.tsp.buckets import Bucket
+from megatsp.tsp.buckets import Bucket, Columns
 from megatsp.tsp.transport import Gradients, Transport
 
 
@@ -32,12 +32,12 @@ class WeightStream:
     def walk(
         self,
         weights: Sequence[Tensor],
-        use: Callable[[int, Bucket, Tensor], None],
+        use: Callable[[int, Bucket, Columns], None],
         following: Callable[[], None] | None = None,
     ) -> None:
-        """Calls use(step, bucket, its [h, R] tensor) for each bucket once, in this rank's order.
+        """Calls use(step, bucket, its columns) for each bucket once, in this rank's order.
 
-        weights: this rank's shards. use: computes with the tensor and lets go of it. following:
+        weights: this rank's shards. use: computes with the columns and lets go of them. following:
         called before the last bucket is used, to post what is needed after this walk.
         """
         if self._ahead is None:
@@ -46,12 +46,19 @@ class WeightStream:
         transport = self._transport
         for step in range(transport.steps):
             assert pending is not None
-            matrix = pending.wait()
+            arrived = pending.wait()
             if step + 1 < transport.steps:
-                pending = transport.post(step + 1, weights, matrix)
+                pending = transport.post(step + 1, weights, arrived)
             elif following is not None:
                 following()
-            use(step, transport.part.buckets[transport.bucket(step)], matrix)
+            # No name for the columns: they would hold this bucket until after the next but one is posted.
+            bucket = transport.part.buckets[transport.bucket(step)]
+            use(step, bucket, transport.columns(step, weights, arrived))
+
+    @property
+    def steps(self) -> int:
+        """Buckets of one walk."""
+        return self._transport.steps
 
     def gradients(self, weights: Sequence[Tensor]) -> Gradients:
         """Where the gradients of one backward walk go."""

@@ -4,9 +4,9 @@ A transport serves one `Part` on one group. It knows who holds what; those who c
 the buckets do not. Steps are counted from 0; at step s every rank has SOME bucket, and only
 on the ring is it another one on each rank.
 
-`weights` is always this rank's shards, in the order of the part's matrices; what arrives is
-the [h, R] bucket in the compute dtype. Gradients are given as [h, R] in fp32 and end as
-tensors like the shards, in fp32.
+`weights` is always this rank's shards, in the order of the part's matrices; what arrives are
+the bucket's `Columns` in the compute dtype. Gradients are given as `Columns` and end as tensors
+like the shards: in fp32 where ranks add to them, in the shards' dtype where nothing travels.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatsp.comm import Comm, Pending, TravellingSum
-from megatsp.tsp.buckets import Bucket, Part, Span, h_major, width
+from megatsp.comm import Comm, Pending
+from megatsp.tsp.buckets import Bucket, Columns, Part, h_major, width
 
 
 class Gradients(Protocol):
     """Collects the bucket gradients of one backward pass."""
 
-    def buffer(self, step: int) -> Tensor:
-        """An uninitialised fp32 [h, R] for this step's gradient."""
+    def buffer(self, step: int) -> Columns:
+        """Uninitialised columns for this step's gradient."""
 
-    def send(self, step: int, gradient: Tensor) -> None:
+    def send(self, step: int, gradient: Columns) -> None:
         """Posts a gradient written into `buffer(step)`. One is in flight at a time."""
 
     def finish(self) -> list[Tensor]:
-        """Waits for the last one; this rank's gradient shards, fp32."""
+        """Waits for the last one; this rank's gradient shards."""
 
 
 class Transport(Protocol):
@@ -42,12 +42,70 @@ class Transport(Protocol):
         """Index of the bucket that this rank has at `step`."""
 
     def post(self, step: int, weights: Sequence[Tensor], previous: Tensor | None) -> Pending:
-        """Posts the transfer of this step's bucket; `previous` is the last step's."""
+        """Posts the transfer of this step's bucket; `previous` is what arrived for the last step."""
+
+    def columns(self, step: int, weights: Sequence[Tensor], arrived: Tensor) -> Columns:
+        """The bucket, once its transfer has arrived."""
 
     def gradients(self, weights: Sequence[Tensor]) -> Gradients: ...
 
 
-class Gather:
+class SideBySide:
+    """Base of the transports that move a bucket as one tensor."""
+
+    part: Part
+
+    def bucket(self, step: int) -> int:
+        return step
+
+    def columns(self, step: int, weights: Sequence[Tensor], arrived: Tensor) -> Columns:
+        del weights
+        return Columns.of(arrived, self.part.buckets[self.bucket(step)])
+
+
+class Resident:
+    """A group of one: every column is here. Nothing travels, and nothing is copied but to cast it."""
+
+    def __init__(self, part: Part, dtype: torch.dtype) -> None:
+        self.part, self.dtype = part, dtype
+        self.steps = len(part.buckets)
+
+    def bucket(self, step: int) -> int:
+        return step
+
+    def post(self, step: int, weights: Sequence[Tensor], previous: Tensor | None) -> Pending:
+        del step, previous
+        return Pending(weights[0])
+
+    def columns(self, step: int, weights: Sequence[Tensor], arrived: Tensor) -> Columns:
+        del arrived
+        return Columns([piece.to(self.dtype) for piece in self.pieces(step, weights)])
+
+    def pieces(self, step: int, like_weights: Sequence[Tensor]) -> list[Tensor]:
+        """Views of the step's columns in tensors like the weights."""
+        return [h_major(like_weights[s.matrix], self.part.matrices[s.matrix])[:, s.start : s.stop]
+                for s in self.part.buckets[step]]  # fmt: skip
+
+    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
+        return _ResidentGradients(self, weights)
+
+
+class _ResidentGradients:
+    def __init__(self, transport: Resident, weights: Sequence[Tensor]) -> None:
+        self._transport = transport
+        self._whole = [torch.empty_like(w) for w in weights]
+
+    def buffer(self, step: int) -> Columns:
+        return Columns(self._transport.pieces(step, self._whole))
+
+    def send(self, step: int, gradient: Columns) -> None:
+        """It was written where it stays."""
+
+    def finish(self) -> list[Tensor]:
+        return self._whole
+
+
+class Gather(SideBySide):
     """Layout `hidden`: rank p holds rows p of every h-major matrix.
 
     A bucket is ONE all-gather: the ranks' [h/D, R] blocks land in rank order, which is the
@@ -57,9 +115,6 @@ class Gather:
     def __init__(self, part: Part, comm: Comm, dtype: torch.dtype) -> None:
         self.part, self.comm, self.dtype = part, comm, dtype
         self.steps = len(part.buckets)
-
-    def bucket(self, step: int) -> int:
-        return step
 
     def post(self, step: int, weights: Sequence[Tensor], previous: Tensor | None) -> Pending:
         del previous
@@ -83,16 +138,17 @@ class _GatherGradients:
         views = zip(self._shards, transport.part.matrices, strict=True)
         self._views = [h_major(shard, matrix) for shard, matrix in views]
 
-    def buffer(self, step: int) -> Tensor:
-        rows = self._views[0].shape[0] * self._transport.comm.size
-        return self._views[0].new_empty(rows, width(self._transport.part.buckets[step]))
+    def buffer(self, step: int) -> Columns:
+        bucket, rows = self._transport.part.buckets[step], self._views[0].shape[0] * self._transport.comm.size
+        return Columns.of(self._views[0].new_empty(rows, width(bucket)), bucket)
 
-    def send(self, step: int, gradient: Tensor) -> None:
+    def send(self, step: int, gradient: Columns) -> None:
         self._land()
+        assert gradient.whole is not None
         label = f"{self._transport.part.label}/gradients"
         self._in_flight = (
             self._transport.part.buckets[step],
-            self._transport.comm.reduce_scatter(gradient, label),
+            self._transport.comm.reduce_scatter(gradient.whole, label),
         )
 
     def _land(self) -> None:
@@ -105,191 +161,4 @@ class _GatherGradients:
 
     def finish(self) -> list[Tensor]:
         self._land()
-        return self._shards
-
-
-class _OwnerTable:
-    """Layout `owner`: rank r holds columns r of every h-major matrix, as DTensor's Shard cuts them.
-
-    A bucket lies in memory as its rows, [R, h], so that an owner's columns are contiguous.
-    """
-
-    def __init__(self, part: Part, comm: Comm) -> None:
-        self._part, self._rank = part, comm.rank
-        self._chunks = [-(-matrix.columns // comm.size) for matrix in part.matrices]
-
-    def by_owner(self, span: Span) -> list[tuple[int, Span]]:
-        """The span cut where the owner changes, in order."""
-        chunk, pieces, start = self._chunks[span.matrix], [], span.start
-        while start < span.stop:
-            owner = start // chunk
-            stop = min(span.stop, (owner + 1) * chunk)
-            pieces.append((owner, Span(span.matrix, start, stop)))
-            start = stop
-        return pieces
-
-    def new_rows(self, like: Sequence[Tensor], bucket: Bucket, dtype: torch.dtype) -> Tensor:
-        """An uninitialised [R, h]; `like`: the shards, for h and the device."""
-        h = like[0].shape[self._part.matrices[0].h_dim]
-        return like[0].new_empty(width(bucket), h, dtype=dtype)
-
-    def read(self, shards: Sequence[Tensor], spans: Sequence[Span], rows: Tensor) -> None:
-        """Fills `rows` with these spans of this rank's own shards."""
-        for span, target in zip(spans, rows.split([s.width for s in spans]), strict=True):
-            target.copy_(self._own(shards, span))
-
-    def write(self, shards: Sequence[Tensor], spans: Sequence[Span], rows: Tensor) -> None:
-        """Puts `rows` into these spans of this rank's own shards."""
-        for span, source in zip(spans, rows.split([s.width for s in spans]), strict=True):
-            self._own(shards, span).copy_(source)
-
-    def _own(self, shards: Sequence[Tensor], span: Span) -> Tensor:
-        """This rank's own piece, as [columns, h]."""
-        first = self._rank * self._chunks[span.matrix]
-        whole = h_major(shards[span.matrix], self._part.matrices[span.matrix])
-        return whole[:, span.start - first : span.stop - first].t()
-
-
-class Broadcast:
-    """Layout `owner`, any number of buckets: each owner broadcasts its pieces of the bucket.
-
-    Where buckets and owners coincide it is one broadcast; a piece cut by the borders of shards
-    costs one more. The gradient goes home by reductions to the same owners.
-    """
-
-    def __init__(self, part: Part, comm: Comm, dtype: torch.dtype) -> None:
-        self.part, self.comm, self.dtype = part, comm, dtype
-        self.steps = len(part.buckets)
-        self.table = _OwnerTable(part, comm)
-
-    def bucket(self, step: int) -> int:
-        return step
-
-    def pieces(self, step: int) -> list[tuple[int, int, int, list[Span]]]:
-        """(owner, first row, last row + 1, spans): neighbours of one owner are one piece."""
-        merged: list[tuple[int, int, int, list[Span]]] = []
-        row = 0
-        for owner, span in (p for s in self.part.buckets[step] for p in self.table.by_owner(s)):
-            if merged and merged[-1][0] == owner:
-                _, start, _, spans = merged.pop()
-                merged.append((owner, start, row + span.width, [*spans, span]))
-            else:
-                merged.append((owner, row, row + span.width, [span]))
-            row += span.width
-        return merged
-
-    def post(self, step: int, weights: Sequence[Tensor], previous: Tensor | None) -> Pending:
-        del previous
-        rows = self.table.new_rows(weights, self.part.buckets[step], self.dtype)
-        works = []
-        for owner, start, stop, spans in self.pieces(step):
-            if owner == self.comm.rank:
-                self.table.read(weights, spans, rows[start:stop])
-            if self.comm.size > 1:
-                works.append(self.comm.broadcast(rows[start:stop], owner, f"{self.part.label}/weights"))
-        return Pending(rows.t(), works, self.comm.traffic, [rows])
-
-    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
-        return _BroadcastGradients(self, weights)
-
-
-class _BroadcastGradients:
-    def __init__(self, transport: Broadcast, weights: Sequence[Tensor]) -> None:
-        self._transport = transport
-        self._shards = [torch.empty_like(w, dtype=torch.float32) for w in weights]
-        self._in_flight: tuple[int, Pending] | None = None
-
-    def buffer(self, step: int) -> Tensor:
-        bucket = self._transport.part.buckets[step]
-        return self._transport.table.new_rows(self._shards, bucket, torch.float32).t()
-
-    def send(self, step: int, gradient: Tensor) -> None:
-        self._land()
-        rows, comm = gradient.t(), self._transport.comm
-        works = []
-        if comm.size > 1:
-            label = f"{self._transport.part.label}/gradients"
-            for owner, start, stop, _ in self._transport.pieces(step):
-                works.append(comm.reduce(rows[start:stop], owner, label))
-        self._in_flight = step, Pending(rows, works, comm.traffic)
-
-    def _land(self) -> None:
-        if self._in_flight is None:
-            return
-        step, pending = self._in_flight
-        rows = pending.wait()
-        for owner, start, stop, spans in self._transport.pieces(step):
-            if owner == self._transport.comm.rank:
-                self._transport.table.write(self._shards, spans, rows[start:stop])
-        self._in_flight = None
-
-    def finish(self) -> list[Tensor]:
-        self._land()
-        return self._shards
-
-
-class Ring:
-    """Layout `owner`, buckets that follow the owners: they walk a ring, one hop a step.
-
-    Rank p starts with its own bucket and then computes with what rank p-1 had before, while
-    its gradients' sums travel the same way (`TravellingSum`). With m buckets an owner there
-    are m rounds of D steps.
-    """
-
-    def __init__(self, part: Part, comm: Comm, dtype: torch.dtype) -> None:
-        self.part, self.comm, self.dtype = part, comm, dtype
-        self.steps = len(part.buckets)
-        assert self.steps % comm.size == 0
-        self.rounds = self.steps // comm.size
-        self.table = _OwnerTable(part, comm)
-
-    def bucket(self, step: int) -> int:
-        round_, hop = divmod(step, self.comm.size)
-        return (self.comm.rank - hop) % self.comm.size * self.rounds + round_
-
-    def post(self, step: int, weights: Sequence[Tensor], previous: Tensor | None) -> Pending:
-        bucket = self.part.buckets[self.bucket(step)]
-        rows = self.table.new_rows(weights, bucket, self.dtype)
-        if step % self.comm.size == 0:  # the round starts with this rank's own
-            self.table.read(weights, bucket, rows)
-            return Pending(rows.t())
-        assert previous is not None
-        return self.comm.shift(previous.t(), rows, f"{self.part.label}/weights").then(Tensor.t)
-
-    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
-        return _RingGradients(self, weights)
-
-
-class _RingGradients:
-    def __init__(self, transport: Ring, weights: Sequence[Tensor]) -> None:
-        self._transport = transport
-        self._shards = [torch.empty_like(w, dtype=torch.float32) for w in weights]
-        self._sum: TravellingSum | None = None
-
-    def _bucket(self, step: int) -> Bucket:
-        return self._transport.part.buckets[self._transport.bucket(step)]
-
-    def buffer(self, step: int) -> Tensor:
-        return self._transport.table.new_rows(self._shards, self._bucket(step), torch.float32).t()
-
-    def send(self, step: int, gradient: Tensor) -> None:
-        ring, rows = self._transport, gradient.t()
-        round_, hop = divmod(step, ring.comm.size)
-        if hop == 0:
-            self._land(round_ - 1)
-            self._sum = TravellingSum(ring.comm, f"{ring.part.label}/gradients")
-        assert self._sum is not None
-        last = hop == ring.comm.size - 1  # then this rank's own comes home
-        arriving = self._bucket(round_ * ring.comm.size if last else step + 1)
-        self._sum.add(hop, rows, (width(arriving), rows.shape[1]))
-
-    def _land(self, round_: int) -> None:
-        if self._sum is None:
-            return
-        own = self._bucket(round_ * self._transport.comm.size)
-        self._transport.table.write(self._shards, own, self._sum.total())
-        self._sum = None
-
-    def finish(self) -> list[Tensor]:
-        self._land(self._transport.rounds - 1)
         return self._shards

@@ -5,7 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from distributed import run_distributed
 
+from megatsp.axes import Axes
+from megatsp.model.parallelize import build_model
 from megatsp.schema import Config, ModelConfig, ParallelConfig, TrainerConfig
 from megatsp.training.memory import RankBytes, peak_memory_gib, predict
 from megatsp.validate import validate
@@ -36,8 +39,8 @@ def test_one_rank():
     check_parameters(held, 2 * (2 * 48 + 2 * 24 + 3 * 42 + 12 + 16) + 6 + 66)
     # 36 tokens keep x, the MLP's input and attention's output, 4 log-sum-exps; q, k, v, gate, up.
     assert held.saved_activations == 2 * 36 * 4 * ((6 + 6 + 8) + 4 + (8 + 4 + 4) + (7 + 7))
-    assert held.buckets == 2 * 4 * 24 * 6  # attention: 8 + 4 + 4 + 8 rows of h
-    parts = (held.weights, held.gradients, held.optimizer, held.saved_activations, held.buckets)
+    assert held.gathered == 0  # nothing streams
+    parts = (held.weights, held.gradients, held.optimizer, held.saved_activations, held.gathered)
     assert held.total == sum(parts)
 
 
@@ -53,7 +56,7 @@ def test_tsp_shards(layout, mlp_buckets, largest_bucket):
         elements = 2 * (2 * 3 * 6 + 2 * 2 * 6 + 3 * 3 * 6 + 2 * 2 + 16) + 2 + 11 * 2
     check_parameters(held, elements)
     assert held.saved_activations == predicted().saved_activations // 3
-    assert held.buckets == 2 * 4 * largest_bucket * 6
+    assert held.gathered == 2 * 4 * largest_bucket * 6
 
 
 def test_fsdp_shards_are_rounded_up():
@@ -64,18 +67,88 @@ def test_fsdp_shards_are_rounded_up():
     check_parameters(held, 2 * (2 * 8 + 2 * 4 + 3 * 7 + 2 + 8) + 1 + 11)
 
 
+def test_tensor_parallelism_cuts_the_other_dim():
+    held = predicted(2, tp=2)
+    # Rank 0: 4 of 8 rows of q and columns of o, 2 of 4 of k and v, 4 of 7 of the MLP; biases with them;
+    # gains are whole; 6 of 11 rows of the embedding.
+    check_parameters(held, 2 * (2 * 4 * 6 + 2 * 2 * 6 + 3 * 4 * 6 + 12 + (4 + 2 + 2)) + 6 + 6 * 6)
+    # x and the MLP's input of 18 tokens; of all 36 the half of attention and 4 of 7 columns of gate and up.
+    assert held.saved_activations == 2 * 4 * (18 * (6 + 6) + 36 * (4 + 2 + (4 + 2 + 2) + (4 + 4)))
+    assert held.gathered == 0
+
+
+def test_context_parallelism_cuts_the_tokens_alone():
+    held, alone = predicted(3, cp=3), predicted()
+    assert held == replace(alone, saved_activations=alone.saved_activations // 3)
+    assert predicted(3, cp=3, kv_exchange="ring") == held
+
+
+def test_fsdp_over_cp_cuts_both():
+    assert predicted(2, cp=2, fsdp_over_cp=True) == replace(
+        predicted(2, dp_shard=2), saved_activations=predicted(2, cp=2).saved_activations
+    )
+
+
+def test_tensor_parallelism_within_fsdp_over_cp():
+    held = predicted(4, tp=2, cp=2, fsdp_over_cp=True)
+    check_parameters(held, 2 * (2 * 2 * 6 + 2 * 6 + 3 * 2 * 6 + 6 + (2 + 1 + 1)) + 3 + 3 * 6)
+    assert held.saved_activations == predicted(2, tp=2).saved_activations // 2
+    replicated = predicted(4, tp=2, cp=2)
+    assert replicated == replace(predicted(2, tp=2), saved_activations=held.saved_activations)
+
+
+def test_replicas_change_nothing():
+    trainer = replace(CONFIG.trainer, micro_batch_size=1, global_batch_size=6)
+    config = replace(CONFIG, trainer=trainer, parallel=replace(CONFIG.parallel, dp_replicate=2))
+    assert predict(validate(config, 2)) == predict(validate(replace(CONFIG, trainer=trainer), 1))
+
+
+def rank_elements(config: Config) -> int:
+    """On a rank: elements of its shards."""
+    gpt = build_model(config, Axes.build(config.parallel, torch.device("cpu")))
+    return sum(p.to_local().numel() for p in gpt.parameters())
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        dict(tp=2),
+        dict(cp=2),
+        dict(cp=2, fsdp_over_cp=True),
+        dict(tsp=2),
+        dict(tsp=2, tsp_layout="owner", mlp_buckets=2),
+    ],
+)
+def test_the_first_rank_holds_the_predicted_weights(parallel):
+    """Rank 0 has the largest shard of everything; with sizes that FSDP's ranks divide."""
+    model = replace(CONFIG.model, ffn_hidden_size=7 if "fsdp_over_cp" not in parallel else 8, vocab_size=12)
+    config = validate(replace(CONFIG, model=model, parallel=replace(CONFIG.parallel, **parallel)), 2)
+    assert 4 * run_distributed(rank_elements, 2, config)[0] == predict(config).weights
+
+
 def test_recompute_and_dtype():
     assert predicted(recompute="full").saved_activations == 2 * 36 * 4 * 6
     assert predicted(recompute="selective").saved_activations == 2 * 36 * 4 * (6 + 6 + 8 + 4)
     held = predicted(dtype="bf16", recompute="selective")
     assert held.saved_activations == 2 * 36 * (2 * (6 + 6 + 8) + 4 * 4)  # the log-sum-exp stays fp32
-    assert held.buckets == predicted().buckets // 2
+    assert predicted(2, "bf16", tsp=2).gathered == predicted(2, tsp=2).gathered // 2
     assert held.weights == predicted().weights
 
 
 def test_more_buckets_are_smaller():
-    held = predicted(attention_buckets=2, mlp_buckets=4, head_buckets=3)
-    assert held.buckets == 2 * 4 * 12 * 6  # attention 12 rows; MLP 2 x 3 columns; head 4 rows
+    assert predicted(2, tsp=2).gathered == 2 * 4 * 24 * 6  # attention: 8 + 4 + 4 + 8 rows of h
+    held = predicted(2, tsp=2, attention_buckets=2, mlp_buckets=4, head_buckets=3)
+    assert held.gathered == 2 * 4 * 12 * 6  # attention 12 rows; MLP 2 x 3 columns; head 4 rows
+
+
+def test_fsdp_gathers_two_layers():
+    layer = 24 + 3 * 7  # columns of h
+    assert predicted(2, dp_shard=2).gathered == 2 * 4 * layer * 6
+    assert predicted(4, tp=2, dp_shard=2).gathered == 2 * 4 * (12 + 3 * 4) * 6
+    assert (
+        predicted(2, cp=2).gathered == 0
+        and predicted(2, cp=2, fsdp_over_cp=True).gathered == 2 * 4 * layer * 6
+    )
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from dense import DenseGPT
 from distributed import run_distributed
-from runs import files, full_state, losses, overrides, start_training, train_on_ranks, write_corpus
+from runs import ROOT, files, full_state, losses, overrides, start_training, train_on_ranks, write_corpus
 from safetensors.torch import load_file
 
 from megatsp.compose import compose
@@ -34,8 +35,16 @@ MESHES: dict[str, tuple[int, list[str]]] = {
     "dp2-tsp2": (4, ["parallel.tsp=2", "parallel.dp_shard=2"]),
     "dp2-bf16": (2, ["parallel.dp_shard=2", "trainer.dtype=bf16"]),
     "dp2-owner2": (4, ["parallel.tsp=2", "parallel.dp_shard=2", "parallel.tsp_layout=owner"]),
+    "tp2": (2, ["parallel=tp"]),
+    "fsdp-cp2": (2, ["parallel=fsdp_cp"]),
 }
-EVERY_FOUR = ["checkpoint.save_interval=4", "trainer.eval_interval=4"]
+# Every file of configs/parallel, and on how many ranks it is tried.
+PRESETS = {
+    "cp": 2, "cp_ring": 2, "cp_tsp": 4, "cp_ulysses": 2, "dp": 2, "fsdp": 4, "fsdp_cp": 4, "hsdp": 4,
+    "owner": 4, "tp": 2, "tp_cp": 4, "tsp": 4,
+}  # fmt: skip
+# At a learning rate of 0.01 the sixth gradient norm would be 50 times as sensitive to rounding as others.
+EVERY_FOUR = ["checkpoint.save_interval=4", "trainer.eval_interval=4", "optimizer.lr=0.005"]
 
 # design.md section 5.
 STEP_METRICS = {
@@ -80,12 +89,49 @@ def copy_at_4(folder: Path, name: str, copy: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MESHES if name not in ("one", "dp2-bf16")])
 def test_losses_are_the_same_on_every_mesh(entries, name):
     alone = entries["one"]
-    assert len(losses(alone)) == 10 and losses(alone)[-1] < 0.75 * losses(alone)[0]
+    assert len(losses(alone)) == 10 and losses(alone)[-1] < 0.8 * losses(alone)[0]
     assert losses(entries[name]) == pytest.approx(losses(alone), rel=1e-6, abs=0)
     norms = [[e["grad-norm"] for e in run if "grad-norm" in e] for run in (entries[name], alone)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5, abs=0)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6, abs=0)
     validation = [[e["val/lm loss"] for e in run if "val/lm loss" in e] for run in (entries[name], alone)]
     assert len(validation[0]) == 3 and validation[0] == pytest.approx(validation[1], rel=1e-6, abs=0)
+
+
+def rank_steps(configs: Sequence[Config]) -> list[list[tuple[float, float]]]:
+    """On a rank: loss and gradient norm of each run's first five steps."""
+    trainings = (start_training(config) for config in configs)
+    results = [[training.step(i, []) for i in range(1, 6)] for training in trainings]
+    return [[(result.loss, result.grad_norm) for result in of_run] for of_run in results]
+
+
+@pytest.fixture(scope="module")
+def preset_steps(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Five steps of every preset, and of one rank."""
+    found = {}
+    for world_size in (1, 2, 4):
+        names = [name for name, ranks in PRESETS.items() if ranks == world_size] or ["one"]
+        configs = [
+            compose(
+                arguments(
+                    folder, "unsaved", f"launch.nproc={world_size}", "trainer.micro_batch_size=1",
+                    *([f"parallel={name}"] if name in PRESETS else []),
+                )
+            )
+            for name in names
+        ]  # fmt: skip
+        found |= dict(zip(names, run_distributed(rank_steps, world_size, configs)[0], strict=True))
+    return found
+
+
+def test_every_preset_is_tried():
+    assert PRESETS.keys() == {path.stem for path in (ROOT / "configs" / "parallel").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_steps_are_the_same_with_every_preset(preset_steps, name):
+    for (loss, norm), (alone, norm_alone) in zip(preset_steps[name], preset_steps["one"], strict=True):
+        assert loss == pytest.approx(alone, rel=1e-6, abs=0)
+        assert norm == pytest.approx(norm_alone, rel=1e-6, abs=0) and norm_alone > 1  # so it is clipped
 
 
 def test_losses_equal_a_dense_models(entries, folder):
@@ -98,7 +144,7 @@ def test_losses_equal_a_dense_models(entries, folder):
     assert entries["one"][0]["lm loss"] == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tsp2", "dp2-tsp2", "dp2-bf16"])
+@pytest.mark.parametrize("name", ["tsp2", "dp2-tsp2", "dp2-bf16", "tp2", "fsdp-cp2"])
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(entries, folder, name):
     copy = f"{name}-resumed"
     copy_at_4(folder, name, copy)
@@ -118,9 +164,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(entries, folder
 
 
 def test_a_run_resumed_on_another_mesh_goes_on(entries, folder):
-    for name, copy in (("dp2-tsp2", "dp2-to-one"), ("owner2", "owner2-to-one")):
+    for name, world_size, more in (
+        ("dp2-tsp2", 1, []),
+        ("owner2", 1, []),
+        ("tp2", 2, ["parallel=tsp"]),
+        ("fsdp-cp2", 2, ["parallel=tp"]),
+    ):
+        copy = f"{name}-elsewhere"
         copy_at_4(folder, name, copy)
-        (resumed,) = train_on_ranks(1, arguments(folder, copy))
+        (resumed,) = train_on_ranks(world_size, arguments(folder, copy, *more))
         assert losses(resumed) == pytest.approx(losses(entries["one"]), rel=1e-6, abs=0)
 
 
@@ -151,7 +203,7 @@ def test_metrics_have_the_names_of_the_contract(entries, folder):
     assert [e["consumed-tokens"] for e in steps] == [4 * 32 * i for i in range(1, 11)]
     assert (folder / "dp2-tsp2" / "loss.png").read_bytes().startswith(b"\x89PNG")
     rates = [e["learning-rate"] for e in steps]
-    assert rates[:2] == [0.005, 0.01] and rates[-1] == pytest.approx(0.001)
+    assert rates[:2] == [0.0025, 0.005] and rates[-1] == pytest.approx(0.001)
 
 
 def test_traffic_is_that_of_training_steps_alone(entries):

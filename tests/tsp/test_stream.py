@@ -11,10 +11,11 @@ from distributed import run_distributed
 from torch import Tensor
 
 from megatsp.comm import Comm, Pending
-from megatsp.tsp.buckets import Bucket, even_cuts, h_major, mlp_part, owner_cuts
+from megatsp.tsp.buckets import Bucket, Columns, even_cuts, h_major, mlp_part, owner_cuts
 from megatsp.tsp.mlp import StreamedMLP
+from megatsp.tsp.owner import Broadcast, Ring
 from megatsp.tsp.stream import WeightStream
-from megatsp.tsp.transport import Broadcast, Gather, Ring
+from megatsp.tsp.transport import Gather, Gradients
 
 STEPS = 4
 H, FFN = 4, 8
@@ -49,6 +50,9 @@ class FakeTransport:
         self.note("land", step)
         return matrix
 
+    def columns(self, step: int, weights: list[Tensor], arrived: Tensor) -> Columns:
+        return Columns.of(arrived, self.part.buckets[self.bucket(step)])
+
     def gradients(self, weights: list[Tensor]) -> "FakeGradients":
         return FakeGradients(self)
 
@@ -57,10 +61,10 @@ class FakeGradients:
     def __init__(self, transport: FakeTransport) -> None:
         self._transport = transport
 
-    def buffer(self, step: int) -> Tensor:
-        return torch.empty(H, 6)
+    def buffer(self, step: int) -> Columns:
+        return Columns.of(torch.empty(H, 6), self._transport.part.buckets[step])
 
-    def send(self, step: int, gradient: Tensor) -> None:
+    def send(self, step: int, gradient: Columns) -> None:
         self._transport.note("send", step)
 
     def finish(self) -> list[Tensor]:
@@ -69,9 +73,10 @@ class FakeGradients:
 
 
 def walk(stream: WeightStream, transport: FakeTransport, following: Callable[[], None] | None = None):
-    def use(step: int, bucket: Bucket, matrix: Tensor) -> None:
+    def use(step: int, bucket: Bucket, columns: Columns) -> None:
         assert bucket == transport.part.buckets[transport.bucket(step)]
-        assert torch.equal(matrix, torch.full((H, 6), float(step)))
+        assert [piece.shape[1] for piece in columns.pieces] == [span.width for span in bucket]
+        assert torch.equal(columns.whole, torch.full((H, 6), float(step)))
         transport.note("use", step)
 
     stream.walk([], use, following)
@@ -151,6 +156,13 @@ class LoggedComm(Comm):
         return self._noted(super().shift(outgoing, incoming, label))
 
 
+def send_zeros(gradients: Gradients, step: int) -> None:
+    buffer = gradients.buffer(step)
+    for piece in buffer.pieces:
+        piece.zero_()
+    gradients.send(step, buffer)
+
+
 def rank_gradient_order(name: str) -> list[str]:
     """On a rank: posts and landings of gradients between the buckets' computing."""
     comm = LoggedComm()
@@ -163,7 +175,7 @@ def rank_gradient_order(name: str) -> list[str]:
     gradients = transport.gradients(shards)
     for step in range(STEPS):
         comm.log.append(f"compute {step}")
-        gradients.send(step, gradients.buffer(step).fill_(0.0))
+        send_zeros(gradients, step)
     comm.log.append("finish")
     gradients.finish()
     return comm.log
@@ -213,7 +225,7 @@ def rank_reduction_order() -> list[str]:
     gradients = transport.gradients(shards)
     for step in range(2):
         log.append(f"compute {step}")
-        gradients.send(step, gradients.buffer(step).fill_(0.0))
+        send_zeros(gradients, step)
     log.append("finish")
     gradients.finish()
     assert h_major(shards[0], transport.part.matrices[0]).shape == (H, FFN // 2)

@@ -1,124 +1,116 @@
-"""Every transport delivers the logical bucket and takes its gradient home, however unevenly it is owned."""
-
-from collections import Counter
+"""A gathered bucket is the logical one; a resident one is where the weights are, and copies nothing."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
 from torch import Tensor
+from transports import H, assert_columns, assert_travels, columns_of, logical, shards_of
 
 from megatsp.comm import Comm
-from megatsp.tsp.buckets import Matrix, attention_part, even_cuts, h_major, mlp_part, owner_cuts, width
-from megatsp.tsp.transport import Broadcast, Gather, Ring, Transport
+from megatsp.tsp.buckets import Columns, Part, attention_part, even_cuts, head_part, mlp_part
+from megatsp.tsp.transport import Gather, Resident
 
-H = 8
-LAYOUTS = {Gather: "hidden", Broadcast: "owner", Ring: "owner"}
-
-
-def logical(matrix: Matrix, index: int) -> Tensor:
-    """The h-major matrix [h, n], every element its own."""
-    return 1000.0 * index + torch.arange(float(H * matrix.columns)).view(H, -1)
-
-
-def cut(whole: Tensor, matrix: Matrix, layout: str, rank: int, size: int) -> Tensor:
-    """A rank's shard of an h-major matrix, as the parameter has it; the last owners may have no columns."""
-    chunks = whole.chunk(size, 0 if layout == "hidden" else 1)
-    mine = chunks[rank] if rank < len(chunks) else whole[:, :0]
-    return h_major(mine, matrix).contiguous()
+ALONE = Comm(None)
+PARTS = [
+    mlp_part(13, even_cuts(13, 3)),
+    mlp_part(9, even_cuts(9, 1)),
+    attention_part(6, 3, 6, 3),
+    head_part(11, 4),
+]
 
 
-def gradient(matrix: Matrix, index: int, rank: int) -> Tensor:
-    """What one rank contributes to a matrix's gradient: small integers, so that sums are exact."""
-    generator = torch.Generator().manual_seed(10 * rank + index)
-    return torch.randint(-9, 10, (H, matrix.columns), generator=generator).float()
-
-
-def assert_travels(transport: Transport, layout: str) -> None:
-    part, comm = transport.part, transport.comm  # type: ignore[attr-defined]
-    wholes = [logical(m, i) for i, m in enumerate(part.matrices)]
-    shards = [cut(w, m, layout, comm.rank, comm.size) for w, m in zip(wholes, part.matrices, strict=True)]
-    mine = [gradient(m, i, comm.rank) for i, m in enumerate(part.matrices)]
-    collected, visited, previous = transport.gradients(shards), Counter(), None
-    for step in range(transport.steps):
-        index = transport.bucket(step)
-        bucket = part.buckets[index]
-        visited[index] += 1
-        previous = transport.post(step, shards, previous).wait()
-        expected = torch.cat([wholes[s.matrix][:, s.start : s.stop] for s in bucket], 1)
-        assert previous.shape == (H, width(bucket))
-        assert torch.equal(previous, expected.to(previous.dtype)), f"bucket {index} of {part.label}"
-        buffer = collected.buffer(step)
-        assert (buffer.shape, buffer.dtype) == ((H, width(bucket)), torch.float32)
-        buffer.copy_(torch.cat([mine[s.matrix][:, s.start : s.stop] for s in bucket], 1))
-        collected.send(step, buffer)
-    assert visited == dict.fromkeys(range(len(part.buckets)), 1)
-    for i, (landed, shard, matrix) in enumerate(zip(collected.finish(), shards, part.matrices, strict=True)):
-        total = sum(gradient(matrix, i, rank) for rank in range(comm.size))
-        assert (landed.shape, landed.dtype) == (shard.shape, torch.float32)
-        assert torch.equal(landed, cut(total, matrix, layout, comm.rank, comm.size))
-
-
-def mlp_cuts(kind: type, columns: int, size: int, count: int) -> list[int]:
-    return owner_cuts(columns, size, count) if kind is Ring else even_cuts(columns, count)
-
-
-def rank_mlp(kind: type, dtype: torch.dtype) -> None:
-    """9 columns over 4 owners are 3, 3, 3 and none; 5 are 2, 2, 1 and none; 13 leave a short last owner."""
+def rank_mlp(dtype: torch.dtype) -> None:
     comm = Comm(dist.group.WORLD)
     for columns in (9, 5, 13, 16):
         for count in (1, 2, 3):
-            part = mlp_part(columns, mlp_cuts(kind, columns, comm.size, count))
-            assert_travels(kind(part, comm, dtype), LAYOUTS[kind])
-    sent = sum(comm.traffic.elements.values())
-    assert (sent == 0) == (comm.size == 1)
+            gather = Gather(mlp_part(columns, even_cuts(columns, count)), comm, dtype)
+            assert_travels(gather, "hidden", comm, dtype, torch.float32)
+    assert (sum(comm.traffic.elements.values()) == 0) == (comm.size == 1)
 
 
-def rank_attention(kind: type) -> None:
-    """Heads of width 6 against owners' borders at a quarter of the columns: these straddle heads."""
+def rank_attention() -> None:
     comm = Comm(dist.group.WORLD)
     for query_heads, kv_heads in ((3, 3), (6, 3), (5, 1)):
         for count in {1, kv_heads}:
             part = attention_part(query_heads, kv_heads, 6, count)
-            assert_travels(kind(part, comm, torch.float32), LAYOUTS[kind])
+            assert_travels(Gather(part, comm, torch.float32), "hidden", comm, torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("kind", [Gather, Broadcast, Ring])
-def test_buckets_arrive_and_gradients_land(kind, size):
-    run_distributed(rank_mlp, size, kind, torch.float32)
+def test_gathered_buckets_arrive_and_gradients_land(size):
+    run_distributed(rank_mlp, size, torch.float32)
 
 
-@pytest.mark.parametrize("kind", [Gather, Broadcast, Ring])
-def test_weights_travel_in_the_compute_dtype(kind):
-    run_distributed(rank_mlp, 2, kind, torch.bfloat16)
+def test_gathered_weights_travel_in_the_compute_dtype():
+    run_distributed(rank_mlp, 2, torch.bfloat16)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("kind", [Gather, Broadcast])
-def test_attention_heads(kind, size):
-    run_distributed(rank_attention, size, kind)
+def test_gathered_attention_heads(size):
+    run_distributed(rank_attention, size)
 
 
-def test_pieces_are_cut_at_owners_and_neighbours_are_merged():
-    class FourRanks:
-        size, rank = 4, 0
-
-    broadcast = Broadcast(attention_part(3, 3, 6, 3), FourRanks(), torch.float32)  # owners hold 5, 5, 5, 3
-    pieces = [(owner, start, stop) for owner, start, stop, _ in broadcast.pieces(0)]
-    # q, k, v and o of head 0, columns 0 to 6, are owner 0's but for the last one.
-    assert pieces == [(0, 0, 5), (1, 5, 6), (0, 6, 11), (1, 11, 12), (0, 12, 17), (1, 17, 18), (0, 18, 23),
-                      (1, 23, 24)]  # fmt: skip
-    whole = Broadcast(mlp_part(16, even_cuts(16, 4)), FourRanks(), torch.float32)
-    for step in range(4):  # buckets and owners coincide: one broadcast of gate, up and down
-        ((owner, start, stop, spans),) = whole.pieces(step)
-        assert (owner, start, stop, len(spans)) == (step, 0, 12, 3)
+def in_memory_of(tensor: Tensor, of: Tensor) -> bool:
+    """Whether every element of `tensor` is one of the elements of `of`."""
+    start, step = of.data_ptr(), of.element_size()
+    first = tensor.data_ptr()
+    last = first + step * sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.dtype == of.dtype and start <= first and last < start + of.numel() * step
 
 
-def test_a_ring_starts_with_ones_own_and_then_has_its_predecessors():
-    class Third:
-        size, rank = 4, 2
+def arrived(resident: Resident, step: int, weights: list[Tensor]) -> Columns:
+    return resident.columns(step, weights, resident.post(step, weights, None).wait())
 
-    part = mlp_part(9, owner_cuts(9, 4, 2))
-    ring = Ring(part, Third(), torch.float32)
-    assert [ring.bucket(step) for step in range(8)] == [4, 2, 0, 6, 5, 3, 1, 7]
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resident_buckets_are_the_logical_ones(part: Part, dtype: torch.dtype):
+    resident = Resident(part, dtype)
+    assert resident.steps == len(part.buckets)
+    assert_travels(resident, "hidden", ALONE, dtype, torch.float32)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resident_bucket_is_in_the_weights_memory(part: Part, dtype: torch.dtype):
+    resident = Resident(part, dtype)
+    weights = [w.to(dtype) for w in shards_of(resident, "hidden", ALONE)]
+    for step in range(resident.steps):
+        columns = arrived(resident, step, weights)
+        assert columns.whole is None
+        for piece, span in zip(columns.pieces, part.buckets[step], strict=True):
+            assert in_memory_of(piece, weights[span.matrix])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_resident_bucket_of_another_dtype_is_cast_and_nothing_else(part: Part):
+    resident = Resident(part, torch.bfloat16)
+    weights = shards_of(resident, "hidden", ALONE)
+    wholes = [logical(m, i) for i, m in enumerate(part.matrices)]
+    for step in range(resident.steps):
+        columns = arrived(resident, step, weights)
+        assert_columns(columns, columns_of(wholes, resident, step), torch.bfloat16)
+        for piece in columns.pieces:  # as large as the bucket, no more
+            assert piece.untyped_storage().nbytes() == 2 * piece.numel()
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resident_gradients_are_written_where_they_stay(part: Part, dtype: torch.dtype):
+    resident = Resident(part, torch.bfloat16)
+    weights = [w.to(dtype) for w in shards_of(resident, "hidden", ALONE)]
+    gradients = resident.gradients(weights)
+    for step in range(resident.steps):
+        buffer = gradients.buffer(step)
+        for piece in buffer.pieces:
+            piece.fill_(step + 1.0)
+        gradients.send(step, buffer)
+    whole = gradients.finish()
+    for gradient, weight in zip(whole, weights, strict=True):
+        assert (gradient.shape, gradient.dtype) == (weight.shape, dtype)  # the weights' dtype, not fp32
+        assert not in_memory_of(gradient, weight)
+    for step in range(resident.steps):
+        for piece, span in zip(gradients.buffer(step).pieces, part.buckets[step], strict=True):
+            assert in_memory_of(piece, whole[span.matrix])
+            assert torch.equal(piece, torch.full((H, span.width), step + 1.0, dtype=dtype))

@@ -1,0 +1,1 @@
+"""Tensor parallelism: weights cut over a layer's heads, FFN columns and the vocabulary."""

@@ -1,0 +1,24 @@
+"""The computing of one optimizer step, which training and benchmarks share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatsp.model.gpt import GPT
+
+Batch = tuple[Tensor, Tensor, Tensor]  # ids, labels, mask: this rank's [B, T_local]
+
+
+def accumulate_gradients(gpt: GPT, batches: Sequence[Batch], loss_tokens: Tensor | float) -> Tensor:
+    """Forward and backward of each micro-batch; gradients add up in the parameters.
+
+    loss_tokens: how many tokens carry loss over all ranks, so that each weighs the same.
+    Returns the local tokens' loss summed by sample, fp32 [micro-batches, B], not yet divided.
+    """
+    losses = []
+    for batch in batches:
+        token_losses = gpt(*batch)
+        (token_losses.sum() / loss_tokens).backward()
+        losses.append(token_losses.detach().sum(1))
+    return torch.stack(losses)
