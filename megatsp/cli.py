@@ -1,20 +1,20 @@
 """The command `megatsp`: what the arguments ask for, in this process or in ranks it starts."""
 
-import argparse
 import os
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import NoReturn
 
 from megatsp import __version__, launcher
 from megatsp.nearest import did_you_mean
+from megatsp.parser import Parser
 
 USAGE = """\
 usage: megatsp COMMAND [arguments]
 
   train      train a GPT                         megatsp train --help
   generate   continue a text with a trained GPT  megatsp generate --help
+  bench      compare ways to run a GPT           megatsp bench --help
 
   --version  print the version
   --help     print this text
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    commands = {"train": _train, "generate": _generate}
+    commands = {"train": _train, "generate": _generate, "bench": _bench}
     name, *rest = arguments or ["--help"]
     if name in ("--help", "-h"):
         print(USAGE, end="")
@@ -52,18 +52,8 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours, and which takes no abbreviated options."""
-
-    def __init__(self, prog: str, description: str | None = None, add_help: bool = True) -> None:
-        super().__init__(prog=prog, description=description, add_help=add_help, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} ({self.prog} --help lists what it takes)")
-
-
 def _train(arguments: list[str]) -> int:
-    parser = _Parser("megatsp train", add_help=False)
+    parser = Parser("megatsp train", add_help=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--config-dir", type=Path)
@@ -98,7 +88,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _generate(arguments: list[str]) -> int:
-    parser = _Parser("megatsp generate", description="Continues a text with the last checkpoint of a run.")
+    parser = Parser("megatsp generate", description="Continues a text with the last checkpoint of a run.")
     parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="<output_dir>/<name> of a run")
     parser.add_argument("--prompt", default="", help="the text to continue (default: none)")
     parser.add_argument("--tokens", type=int, default=200, help="how many to generate (default: 200)")
@@ -126,6 +116,14 @@ def _generate(arguments: list[str]) -> int:
 
     generate(given.run_folder, given.prompt, given.tokens, given.temperature, given.seed)
     return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    from megatsp.bench.arguments import run
+
+    if "RANK" in os.environ:
+        raise ValueError("megatsp bench starts ranks of its own: start it without torchrun or srun")
+    return run(arguments)
 
 
 def _launch(nproc: int, arguments: list[str]) -> int:

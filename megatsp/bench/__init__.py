@@ -1,0 +1,1 @@
+"""Schemes side by side on the same work: time, memory, traffic; measured or simulated."""
