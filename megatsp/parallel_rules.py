@@ -10,6 +10,10 @@ from typing import Any
 
 from megatsp.schema import AXES, Config, ParallelConfig
 
+# A bucket with fewer multiply-adds than this costs more to send off and wait for than its overlap and
+# its memory are worth: measured on CPUs (docs/log.md). On a GPU the number would be larger.
+MULTIPLY_ADDS = 2**27
+
 
 def resolve_axes(config: Config, world_size: int) -> tuple[ParallelConfig, str]:
     """`config.parallel` with every axis at least 1, and what is wrong with the mesh ("" if nothing).
@@ -83,19 +87,31 @@ def _sequence_errors(config: Config) -> Iterator[str]:
 def choose_buckets(config: Config) -> ParallelConfig:
     """`config.parallel` with the bucket counts that are 0 chosen."""
     m, p = config.model, config.parallel
-    # Two buckets are the fewest in which one is on the wire while one is used. Nothing travels at tsp=1.
-    preferred = max(2, p.tsp) if p.tsp > 1 else 1
     groups = max(1, m.num_query_groups // p.tp)
     ffn, vocabulary = (max(1, last_share(n, p.tp)) for n in (m.ffn_hidden_size, m.vocab_size))
-    attention = [n for n in divisors(groups) if n <= preferred and _whole_heads(groups // n, p)]
-    mlp = p.tsp if p.tsp_layout == "owner" else min(preferred, ffn)
-    head = min(max(preferred, math.ceil(vocabulary / 8192)), vocabulary)
+    heads = 2 * (m.num_attention_heads + m.num_query_groups) * m.kv_channels
+    most = _buckets_worth(heads, config)
+    attention = [n for n in divisors(groups) if n <= most and _whole_heads(groups // n, p)]
+    mlp = p.tsp if p.tsp_layout == "owner" else min(_buckets_worth(3 * m.ffn_hidden_size, config), ffn)
+    head = min(max(_buckets_worth(m.vocab_size, config), math.ceil(vocabulary / 8192)), vocabulary)
     return replace(
         p,
         attention_buckets=p.attention_buckets or max(attention, default=1),
         mlp_buckets=p.mlp_buckets or mlp,
         head_buckets=p.head_buckets or head,
     )
+
+
+def _buckets_worth(columns: int, config: Config) -> int:
+    """Buckets for a part with so many columns of h: D, but none with too little to compute.
+
+    Two or more, if there is enough, so that one is on the wire while one is used.
+    """
+    p, t = config.parallel, config.trainer
+    if p.tsp == 1:
+        return 1
+    tokens = t.micro_batch_size * t.seq_length // (p.cp * p.tsp)
+    return max(1, min(max(2, p.tsp), tokens * columns * config.model.hidden_size // MULTIPLY_ADDS))
 
 
 def bucket_errors(config: Config) -> Iterator[str]:

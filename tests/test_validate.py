@@ -216,7 +216,9 @@ def test_dp_shard_is_what_the_other_axes_leave(world_size, replicate, tsp, shard
 
 
 def automatic(world_size: int, **values: Any) -> tuple[int, int, int]:
-    p = validate(configured(parallel__tsp=world_size, **values), world_size).parallel
+    """With so many tokens that no bucket has too little to compute, unless `values` say other."""
+    many = {"trainer__seq_length": 2**20, "parallel__tsp": world_size}
+    p = validate(configured(**{**many, **values}), world_size).parallel
     return p.attention_buckets, p.mlp_buckets, p.head_buckets
 
 
@@ -229,6 +231,15 @@ def test_automatic_buckets():
     assert automatic(1) == (1, 1, 1)
     assert automatic(1, model__vocab_size=32000)[2] == 4  # of at most 8192 rows
     assert automatic(1, model__ffn_hidden_size=1, model__vocab_size=1)[1:] == (1, 1)
+
+
+def test_automatic_buckets_have_enough_to_compute():
+    """Multiply-adds of the MLP: 4 samples x T/2 tokens x 3 x 384 x 128; 2^27 of them are worth a bucket."""
+    length = 2**28 // (4 // 2 * 3 * 384 * 128)  # the most tokens that are not worth two
+    assert automatic(2, trainer__seq_length=length // 4 * 4)[1] == 1
+    assert automatic(2, trainer__seq_length=length // 4 * 4 + 4)[1] == 2
+    assert automatic(2, trainer__seq_length=256) == (1, 1, 1)
+    assert automatic(2, trainer__seq_length=256, model__vocab_size=32000)[2] == 4  # of at most 8192 rows
 
 
 def test_given_buckets_are_kept():
