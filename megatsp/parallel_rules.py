@@ -12,7 +12,7 @@ from megatsp.schema import AXES, Config, ParallelConfig
 
 # A bucket with fewer multiply-adds than this costs more to send off and wait for than its overlap and
 # its memory are worth: measured on CPUs (docs/log.md). On a GPU the number would be larger.
-MULTIPLY_ADDS = 2**27
+MULTIPLY_ADDS = 2**30
 
 
 def resolve_axes(config: Config, world_size: int) -> tuple[ParallelConfig, str]:

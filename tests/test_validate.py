@@ -217,7 +217,7 @@ def test_dp_shard_is_what_the_other_axes_leave(world_size, replicate, tsp, shard
 
 def automatic(world_size: int, **values: Any) -> tuple[int, int, int]:
     """With so many tokens that no bucket has too little to compute, unless `values` say other."""
-    many = {"trainer__seq_length": 2**20, "parallel__tsp": world_size}
+    many = {"trainer__seq_length": 2**24, "parallel__tsp": world_size}
     p = validate(configured(**{**many, **values}), world_size).parallel
     return p.attention_buckets, p.mlp_buckets, p.head_buckets
 
@@ -234,8 +234,8 @@ def test_automatic_buckets():
 
 
 def test_automatic_buckets_have_enough_to_compute():
-    """Multiply-adds of the MLP: 4 samples x T/2 tokens x 3 x 384 x 128; 2^27 of them are worth a bucket."""
-    length = 2**28 // (4 // 2 * 3 * 384 * 128)  # the most tokens that are not worth two
+    """Multiply-adds of the MLP: 4 samples x T/2 tokens x 3 x 384 x 128; 2^30 of them are worth a bucket."""
+    length = 2**31 // (4 // 2 * 3 * 384 * 128)  # the most tokens that are not worth two
     assert automatic(2, trainer__seq_length=length // 4 * 4)[1] == 1
     assert automatic(2, trainer__seq_length=length // 4 * 4 + 4)[1] == 2
     assert automatic(2, trainer__seq_length=256) == (1, 1, 1)

