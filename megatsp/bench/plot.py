@@ -10,7 +10,7 @@ from megatsp.bench.results import Report, Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MIB = 2**20
+MB = 10**6
 Values = Callable[[Row], list[float]]  # what is drawn of a row; empty where it has none
 
 
@@ -27,8 +27,8 @@ def plot(report: Report, folder: Path) -> list[Path]:
         ("tokens_per_s", "tokens/s, all ranks (median, min to max)", lambda row: row.tokens_per_s),
         (
             "peak_memory",
-            "peak MiB of a rank",
-            lambda row: [row.memory.peak / MIB] if row.memory else [],
+            "peak MB (10^6 bytes) of a rank",
+            lambda row: [row.memory.peak / MB] if row.memory else [],
         ),
     )
     written = []

@@ -186,5 +186,5 @@ def _outcome(task: Task) -> str:
     if task.repeat is not None and task.repeat in row.speeds:
         return f"{row.speeds[task.repeat].tokens_per_s:,.0f} tokens/s"
     if task.repeat is None and row.memory is not None:
-        return f"peak {row.memory.peak / 2**20:,.1f} MiB"
+        return f"peak {row.memory.peak / 10**6:,.1f} MB"
     return row.failures[-1].reason if row.failures else "left out"

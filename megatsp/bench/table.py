@@ -1,6 +1,6 @@
 """A benchmark's result as text: Markdown tables that are aligned, too."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean, median
 
 from megatsp.bench.results import Report, Row, growth, notes, ratios, tflops
@@ -10,7 +10,8 @@ tokens/s, TFLOP/s (model FLOPs): all ranks together, the median of the repeats, 
 beside it; ratio: repeat by repeat, median [min, max]; exposed: waiting for other ranks, a step.
 """
 MEMORY_LEGEND = """\
-Bytes: of the rank with the largest peak, at its peak; allocated: the allocator's peak; moved: a step.
+Bytes (MB 10^6, GB 10^9): of the rank with the largest peak, at its peak; allocated: the allocator's
+peak; moved: a step.
 """
 PARTS = ("weights", "gradients", "optimizer", "activations", "communication")
 
@@ -21,7 +22,46 @@ def render(report: Report) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in report.machine.items())
     legend = SPEED_LEGEND if any(row.speeds for row in report.rows) else ""
     legend += MEMORY_LEGEND if any(row.memory for row in report.rows) else ""
-    return "\n".join([*parts, *_growth_lines(report), legend + machine])
+    return "\n".join([*parts, *_overview(report), *_growth_lines(report), legend + machine])
+
+
+def _overview(report: Report) -> list[str]:
+    """One table a quantity with a column for every sweep point and world; nothing where there is but one."""
+    groups = report.groups()
+    if len(groups) == 1:
+        return []
+    peaks = [row.memory.peak for row in report.rows if row.memory]
+    unit, size = _unit(max(peaks, default=0))
+
+    def ratio(row: Row, group: list[Row]) -> str:
+        base = next((other for other in group if other.scheme == report.baseline), group[0])
+        pairs = ratios(row, base)
+        return f"{median(pairs):.3f}" if pairs else ""
+
+    quantities: tuple[tuple[str, Callable[[Row, list[Row]], str]], ...] = (
+        (f"ratio to {report.baseline}", ratio),
+        (f"peak {unit}", lambda row, _: f"{row.memory.peak / size:,.2f}" if row.memory else ""),
+        (f"allocated {unit}", lambda row, _: _allocated(row, size)),
+    )
+    points = [_point(group[0], len({row.world_size for row in report.rows}) > 1) for group in groups]
+    tables = []
+    for title, cell in quantities:
+        lines = [
+            [rows[0].scheme, *(cell(*pair) for pair in zip(rows, groups, strict=True))]
+            for rows in zip(*groups, strict=True)
+        ]
+        if any(any(line[1:]) for line in lines):
+            tables.append(align([title, *points], lines) + "\n")
+    return tables
+
+
+def _allocated(row: Row, size: int) -> str:
+    return f"{row.memory.allocated / size:,.2f}" if row.memory and row.memory.allocated is not None else ""
+
+
+def _point(row: Row, several_worlds: bool) -> str:
+    point = [f"{key.rpartition('.')[2]}={value}" for key, value in row.point.items()]
+    return ", ".join([*point, *([f"{row.world_size} ranks"] if several_worlds else [])])
 
 
 def _growth_lines(report: Report) -> list[str]:
@@ -81,7 +121,7 @@ def _memory_cells(row: Row, size: int) -> list[str]:
         return [""] * (len(PARTS) + 3)
     parts = [getattr(memory, part) for part in PARTS]
     found = [memory.peak, *parts, memory.allocated, sum(memory.moved.values())]
-    return [f"{value / size:,.2f}" for value in found]
+    return ["" if value is None else f"{value / size:,.2f}" for value in found]
 
 
 def _moved_table(group: list[Row]) -> str:
@@ -121,7 +161,7 @@ def align(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _unit(largest: int) -> tuple[str, int]:
     """The unit for numbers of up to `largest` bytes: its name and its bytes."""
-    return ("GiB", 2**30) if largest >= 10 * 2**30 else ("MiB", 2**20)
+    return ("GB", 10**9) if largest >= 10**10 else ("MB", 10**6)
 
 
 def _number(value: float) -> str:

@@ -7,7 +7,7 @@ from megatsp.bench.memory import StepMemory
 from megatsp.bench.results import Failure, Report, Row
 from megatsp.schema import Config, TrainerConfig
 
-MIB = 2**20
+MB = 10**6
 
 
 def make_row(
@@ -21,10 +21,10 @@ def make_row(
     return Row(point, world_size, scheme, config, 2e9, speeds=speeds, failures=failures, **more)
 
 
-def make_memory(peak_mib: int, **moved: int) -> StepMemory:
-    part = peak_mib * MIB // 5
+def make_memory(peak_mb: int, **moved: int) -> StepMemory:
+    part = peak_mb * MB // 5
     return StepMemory(
-        part, part, part, part, part, peak=peak_mib * MIB, allocated=2 * peak_mib * MIB, moved=moved
+        part, part, part, part, part, peak=peak_mb * MB, allocated=2 * peak_mb * MB, moved=moved
     )
 
 

@@ -45,7 +45,7 @@ def test_schemes_are_measured_side_by_side(tmp_path: Path, capsys):
     assert bench(*specs, *given, "--sweep", "seq_length=32") == 0
     printed = capsys.readouterr()
     assert "[1/6] tsp, trainer.seq_length=32, 2 ranks, repeat 1: " in printed.err  # a line each, no bar
-    assert "ratio to tsp" in printed.out and "peak MiB" in printed.out and "LOSS" not in printed.out
+    assert "ratio to tsp" in printed.out and "peak MB" in printed.out and "LOSS" not in printed.out
     result = json.loads(file.read_text())
     assert result["command"][:2] == ["megatsp", "bench"] and result["machine"]["torch"] == torch.__version__
     tsp, fsdp, refused = result["rows"]
@@ -70,7 +70,7 @@ def test_schemes_are_measured_side_by_side(tmp_path: Path, capsys):
 def test_memory_without_the_other_ranks(capsys, mode):
     assert bench("--schemes", "tsp", "fsdp_cp", "--world", "4", *mode) == 0
     printed = capsys.readouterr()
-    assert "peak MiB" in printed.out and "tokens/s" not in printed.out and "4 ranks" in printed.out
+    assert "peak MB" in printed.out and "tokens/s" not in printed.out and "4 ranks" in printed.out
     assert printed.err.startswith("[1/2] tsp, 4 ranks, memory: peak ")
 
 

@@ -1,10 +1,11 @@
 """Results as a table, as JSON and as plots, from numbers that nobody measured."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic import MIB, make_memory, make_report, make_row
+from synthetic import MB, make_memory, make_report, make_row
 
 from megatsp.bench.plot import plot
 from megatsp.bench.results import Report, growth, notes, ratios
@@ -26,7 +27,7 @@ def test_ratios_are_taken_repeat_by_repeat():
 
 
 def test_a_row_has_medians_extremes_ratio_and_bytes():
-    memory = make_memory(10, all_gather=3 * MIB, all_reduce=MIB)
+    memory = make_memory(10, all_gather=3 * MB, all_reduce=MB)
     rows = [make_row("tsp", [100, 300, 200]), make_row("cp", [50, 300, 400], memory=memory)]
     table = render(make_report(rows))
     found = cells(table, "cp")
@@ -34,11 +35,11 @@ def test_a_row_has_medians_extremes_ratio_and_bytes():
     assert found["ratio to tsp"] == "1.000 [0.500, 2.000]"
     assert float(found["TFLOP/s"]) == pytest.approx(300 * 2e9 / 1e12)
     assert (found["exposed ms"], found["loss"]) == ("10", "5.00000")
-    assert (found["peak MiB"], found["gradients"], found["moved"]) == ("10.00", "2.00", "4.00")
+    assert (found["peak MB"], found["gradients"], found["moved"]) == ("10.00", "2.00", "4.00")
     assert found["allocated"] == "20.00" and "note" not in found  # no row has any
-    assert cells(table, "tsp")["ratio to tsp"] == "1" and "peak MiB" in table
+    assert cells(table, "tsp")["ratio to tsp"] == "1" and "peak MB" in table
     assert table.startswith("seq_length=64, 2 ranks (8 x 64 tokens a step, fp32")
-    assert "| moved, MiB a step | all_gather | all_reduce |" in table
+    assert "| moved, MB a step | all_gather | all_reduce |" in table
     assert "cpu abacus, torch 2" in table
 
 
@@ -132,3 +133,23 @@ def test_growth_is_the_exponent_of_the_flops():
     text = render(make_report([*linear, *quadratic]))
     assert "(its model FLOPs)^x" in text and "| tp     |     2 | 2.000 |" in text
     assert "model FLOPs)^x" not in render(make_report(linear[:1]))
+
+
+def test_a_sweep_ends_with_an_overview():
+    rows = [
+        make_row(name, [rate * n, rate], n, memory=make_memory(n * peak))
+        for n in (64, 128)
+        for name, rate, peak in (("tsp", 100, 1), ("tp", 50, 2))
+    ]
+    text = render(make_report(rows))
+    assert "| ratio to tsp | seq_length=64 | seq_length=128 |" in text
+    assert "| tp           |         0.500 |          0.500 |" in text
+    assert "| peak MB | seq_length=64 | seq_length=128 |" in text
+    assert "| tp      |        128.00 |         256.00 |" in text
+    assert "| peak MB | seq_length" not in render(make_report(rows[:2]))
+
+
+def test_what_was_not_allocated_has_no_number():
+    memory = replace(make_memory(10), allocated=None)
+    table = render(make_report([make_row("tsp", [], memory=memory)]))
+    assert "allocated" not in table.splitlines()[2] and "10.00" in table
