@@ -279,7 +279,8 @@ def _attach_streams(gpt: GPT, config: Config, axes: Axes) -> None:
             model.norm_epsilon,
             config.trainer.recompute_granularity,
         )
-    streamed_head = StreamedHead(WeightStream(head), small(), tokens, first_row, model.norm_epsilon)
+    keep = config.trainer.recompute_granularity == "none"
+    streamed_head = StreamedHead(WeightStream(head), small(), tokens, first_row, model.norm_epsilon, keep)
     if axes.tp.size > 1:
         lookup = partial(embed_vocabulary_parallel, tokens=tokens, first_row=first_row, dtype=dtype)
     else:

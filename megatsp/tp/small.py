@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatsp.comm import Comm
 from megatsp.tsp.attention import HeadVectors
+from megatsp.tsp.small import Arriving
 
 
 class ReplicatedGains:
@@ -21,16 +22,17 @@ class ReplicatedGains:
     def gains(self, gains: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(gains))
 
-    def reduce(self, dgains: Sequence[Tensor], dvectors: HeadVectors) -> tuple[list[Tensor], list[Tensor]]:
+    def reduce(self, dgains: Sequence[Tensor], dvectors: HeadVectors) -> Arriving:
         """Sums over the group, fp32. A rank's norms saw its own tokens, its head gains its own heads.
 
         The gradients of its biases are whole already: it has their heads for all tokens.
         """
-        head_gains = dvectors.gains or ()
-        partial = [*dgains, *head_gains]
-        total = self._comm.all_reduce(torch.cat([t.flatten() for t in partial]), "small").wait()
-        sums = [
-            s.view_as(t).clone()
-            for s, t in zip(total.split([t.numel() for t in partial]), partial, strict=True)
-        ]
-        return sums[: len(dgains)], [*(dvectors.biases or ()), *sums[len(dgains) :]]
+        partial = [*dgains, *(dvectors.gains or ())]
+        pending = self._comm.all_reduce(torch.cat([t.flatten() for t in partial]), "small")
+
+        def arrived() -> tuple[list[Tensor], list[Tensor]]:
+            pieces = pending.wait().split([t.numel() for t in partial])
+            sums = [piece.view_as(t).clone() for piece, t in zip(pieces, partial, strict=True)]
+            return sums[: len(dgains)], [*(dvectors.biases or ()), *sums[len(dgains) :]]
+
+        return arrived

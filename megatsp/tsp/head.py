@@ -1,7 +1,7 @@
 """Final norm, vocabulary head and cross-entropy, one bucket of vocabulary rows at a time.
 
-The forward keeps an online log-sum-exp; the backward computes the logits again per bucket.
-No logits larger than [B T/D, V/NB] exist.
+The forward keeps an online log-sum-exp; the backward computes the logits again per bucket, unless
+there is but one and nothing is to be computed again. No logits larger than [B T/D, V/NB] exist.
 
 Source: online softmax, Milakov & Gimelshein, arXiv:1805.02867.
 """
@@ -25,14 +25,21 @@ from megatsp.tsp.stream import WeightStream
 class StreamedHead:
     """The masked next-token losses of the local tokens.
 
-    tokens: the tp group, of which this rank holds the vocabulary's rows from `first_row`.
+    tokens: the tp group, of which this rank holds the vocabulary's rows from `first_row`. keep: the
+    backward finds the logits of a single bucket kept.
     """
 
     def __init__(
-        self, stream: WeightStream, small: Small, tokens: GroupTokens, first_row: int, epsilon: float
+        self,
+        stream: WeightStream,
+        small: Small,
+        tokens: GroupTokens,
+        first_row: int,
+        epsilon: float,
+        keep: bool,
     ) -> None:
         self.stream, self.small, self.tokens = stream, small, tokens
-        self.first_row, self.epsilon = first_row, epsilon
+        self.first_row, self.epsilon, self.keep = first_row, epsilon, keep and stream.steps == 1
 
     def prefetch_forward(self, gain: Tensor, weight: Tensor) -> None:
         self.small.prefetch([gain])
@@ -52,7 +59,7 @@ class StreamedHead:
         gain: [h/D]; weight: [V, h/D] or [V/tp, h]. preceding: posts what comes after this backward.
         Returns each token's weighted loss, fp32 [B, T/D].
         """
-        return _Head.apply(x, labels, mask, gain, weight, self, preceding)
+        return _Head.apply(x, labels, mask, gain, weight, self, preceding, torch.is_grad_enabled())
 
 
 class _Head(torch.autograd.Function):
@@ -66,15 +73,20 @@ class _Head(torch.autograd.Function):
         weight: Tensor,
         head: StreamedHead,
         preceding: Callable[[], None] | None,
+        grad: bool,
     ) -> Tensor:
         gains = head.small.gains([gain])
         rows = _normalised(x, gains, head).flatten(0, 1)
         targets = head.tokens.gather(labels, "head/labels").wait().flatten() - head.first_row
         lse = torch.full(targets.shape, float("-inf"), dtype=torch.float32, device=x.device)
         target_logits = torch.zeros_like(lse)
+        kept: dict[int, Tensor] = {}
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
-            logits = (rows @ columns.pieces[0]).float()
+            logits = rows @ columns.pieces[0]
+            if head.keep and grad:
+                kept[step] = logits
+            logits = logits.float()
             torch.logaddexp(lse, logits.logsumexp(-1), out=lse)
             inside, column = _targets_inside(targets, bucket[0])
             target_logits.add_(logits.gather(1, column[:, None])[:, 0] * inside)
@@ -82,21 +94,22 @@ class _Head(torch.autograd.Function):
         head.stream.walk([weight], use)
         lse, target_logits = head.tokens.combine(lse, target_logits)
         ctx.save_for_backward(x, targets, mask, gain, weight, gains, lse)
-        ctx.head, ctx.preceding = head, preceding
+        ctx.head, ctx.preceding, ctx.kept = head, preceding, kept
         return head.tokens.own((lse - target_logits).view(x.shape[0], -1)) * mask
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         x, targets, mask, gain, weight, gains, lse = ctx.saved_tensors
-        head = ctx.head
+        head, kept, ctx.kept = ctx.head, ctx.kept, None
         rows = _normalised(x, gains, head).flatten(0, 1)
         scale = head.tokens.gather(dloss * mask, "head/loss").wait().flatten()[:, None]
         drows, gradients = Total(head.stream.steps), head.stream.gradients([weight])
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
             # d loss / d logits = softmax - one_hot(target)
-            dlogits = (rows @ columns.pieces[0]).float().sub_(lse[:, None]).exp_()
+            logits = kept.pop(step) if step in kept else rows @ columns.pieces[0]
+            dlogits = logits.float().sub_(lse[:, None]).exp_()
             inside, column = _targets_inside(targets, bucket[0])
             dlogits.scatter_add_(1, column[:, None], -inside.float()[:, None])
             dlogits = dlogits.mul_(scale).to(x.dtype)
@@ -109,9 +122,10 @@ class _Head(torch.autograd.Function):
         partial = drows.value((x.shape[0], -1, x.shape[2]))
         dnormed = head.tokens.reduce_scatter(partial, "head/backward").wait()
         dx, dgain = rms_norm_backward(dnormed, x, gains[0], head.epsilon)
+        small = head.small.reduce([dgain], HeadVectors())
         (dweight,) = gradients.finish()
-        (dgain,), _ = head.small.reduce([dgain], HeadVectors())
-        return dx.to(x.dtype), None, None, dgain.to(gain.dtype), dweight.to(weight.dtype), None, None
+        (dgain,), _ = small()
+        return dx.to(x.dtype), None, None, dgain.to(gain.dtype), dweight.to(weight.dtype), None, None, None
 
 
 def _normalised(x: Tensor, gains: Tensor, head: StreamedHead) -> Tensor:

@@ -136,7 +136,7 @@ class _Layer(torch.autograd.Function):
         prefetch_attention = partial(layer.attention.prefetch, tensors.attention)
         prefetch_mlp = partial(layer.mlp.prefetch, tensors.mlp)
 
-        middle, attention = kept.mlp_input, kept.attention
+        middle, attention, kept.mlp_input = kept.mlp_input, kept.attention, None
         if middle is None:
             middle, attention = _attention_forward(layer, x, kept.gains, tensors, table, True, prefetch_mlp)
         normed = rms_norm(middle, kept.gains[1], layer.epsilon)
@@ -157,8 +157,10 @@ class _Layer(torch.autograd.Function):
         dx, dgain_attention = rms_norm_backward(dnormed, x, kept.gains[0], layer.epsilon)
         dx += dmiddle
 
-        dgains, dvector_sums = layer.small.reduce([dgain_attention, dgain_mlp], dvectors)
-        gradients = [*attention_gradients.finish(), *mlp_gradients.finish(), *dgains, *dvector_sums]
+        small = layer.small.reduce([dgain_attention, dgain_mlp], dvectors)
+        gradients = [*attention_gradients.finish(), *mlp_gradients.finish()]
+        dgains, dvector_sums = small()
+        gradients += [*dgains, *dvector_sums]
         return (
             dx.to(x.dtype), None, None, None, None, None, None,
             *(g.to(t.dtype) for g, t in zip(gradients, flat, strict=True)),

@@ -4,7 +4,7 @@ They are too small to stream. Gains arrive by one all-gather; the gradients of a
 home by one all-reduce, of which a gain's owner takes its slice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -13,17 +13,19 @@ from torch import Tensor
 from megatsp.comm import Comm, Pending
 from megatsp.tsp.attention import HeadVectors
 
+Arriving = Callable[[], tuple[list[Tensor], list[Tensor]]]  # waits, once
+
 
 class Small(Protocol):
-    """`prefetch()` posts the gains, `gains()` takes them; `reduce()` sends gradients home."""
+    """`prefetch()` posts the gains, `gains()` takes them; `reduce()` posts the gradients' way home."""
 
     def prefetch(self, shards: Sequence[Tensor]) -> None: ...
 
     def gains(self, shards: Sequence[Tensor]) -> Tensor:
         """The whole gains: [n, h]."""
 
-    def reduce(self, dgains: Sequence[Tensor], dvectors: HeadVectors) -> tuple[list[Tensor], list[Tensor]]:
-        """From this rank's share of the gradients to those of its parameters, fp32."""
+    def reduce(self, dgains: Sequence[Tensor], dvectors: HeadVectors) -> Arriving:
+        """From this rank's share of the gradients to those of its parameters: gains and vectors, fp32."""
 
 
 class SmallParameters:
@@ -52,10 +54,15 @@ class SmallParameters:
         assert pending is not None
         return pending.wait()
 
-    def reduce(self, dgains: Sequence[Tensor], dvectors: HeadVectors) -> tuple[list[Tensor], list[Tensor]]:
+    def reduce(self, dgains: Sequence[Tensor], dvectors: HeadVectors) -> Arriving:
         """Sums local gradients over the group: gains' as their [h/D] shards, vectors' whole; fp32."""
         local = [*dgains, *dvectors.tensors()]
-        total = self._comm.all_reduce(torch.cat([t.flatten() for t in local]), "small").wait()
-        sums = [s.view_as(t) for s, t in zip(total.split([t.numel() for t in local]), local, strict=True)]
-        shards = [s.chunk(self._comm.size)[self._comm.rank].clone() for s in sums[: len(dgains)]]
-        return shards, [s.clone() for s in sums[len(dgains) :]]
+        pending = self._comm.all_reduce(torch.cat([t.flatten() for t in local]), "small")
+
+        def arrived() -> tuple[list[Tensor], list[Tensor]]:
+            pieces = pending.wait().split([t.numel() for t in local])
+            sums = [piece.view_as(t) for piece, t in zip(pieces, local, strict=True)]
+            shards = [s.chunk(self._comm.size)[self._comm.rank].clone() for s in sums[: len(dgains)]]
+            return shards, [s.clone() for s in sums[len(dgains) :]]
+
+        return arrived

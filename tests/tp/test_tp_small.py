@@ -25,7 +25,7 @@ def rank_reduce(biased: bool, head_normed: bool) -> None:
     small, mine = ReplicatedGains(comm), drawn(comm.rank)
     total = [sum(of_rank) for of_rank in zip(*(drawn(r) for r in range(comm.size)), strict=True)]
     vectors = mine[2:5] * biased + mine[5:] * head_normed
-    dgains, dvectors = small.reduce(mine[:2], HeadVectors.of(vectors, biased, head_normed))
+    dgains, dvectors = small.reduce(mine[:2], HeadVectors.of(vectors, biased, head_normed))()
     expected = [*total[:2], *mine[2:5] * biased, *total[5:] * head_normed]
     assert len(dgains) == 2
     for found, wanted in zip([*dgains, *dvectors], expected, strict=True):

@@ -31,7 +31,7 @@ def rank_small() -> None:
     for _ in range(2):  # prefetched, and not
         assert torch.equal(small.gains(shards), torch.stack(gains))
     total = [sum(of_rank) for of_rank in zip(*(drawn(r) for r in range(comm.size)), strict=True)]
-    dgains, dvectors = small.reduce(mine[:2], HeadVectors.of(mine[2:], True, True))
+    dgains, dvectors = small.reduce(mine[:2], HeadVectors.of(mine[2:], True, True))()
     expected = [t.chunk(comm.size)[comm.rank] for t in total[:2]] + total[2:]
     for found, wanted in zip([*dgains, *dvectors], expected, strict=True):
         assert torch.equal(found, wanted)
