@@ -23,23 +23,22 @@ ring=kv_exchange=ring
 small=(model.num_layers=2 model.hidden_size=256 model.ffn_hidden_size=1024 model.num_attention_heads=8
     model.num_query_groups=8 model.kv_channels=32 model.vocab_size=1024 launch.device=cpu)
 large=(model=gpt_7b trainer=bf16 launch.device=cuda --world 8 --simulate-memory --rank 0)
-rivals=(tp cp_ring tp_cp:tp=2 tp_cp:tp=4 tp_cp:tp=2,fsdp_over_cp=true tp_cp:tp=4,fsdp_over_cp=true
-    fsdp_cp fsdp_cp:$ring)
 
 seven() { # the paper's memory table: 7B on eight ranks, simulated
     for recompute in selective full; do
         bench seven_$recompute "${large[@]}" trainer.recompute_granularity=$recompute \
-            --schemes tsp "${rivals[@]}" --sweep seq_length=16384,32768,65536,131072
+            --schemes tsp tp tp_cp:tp=2 tp_cp:tp=4 fsdp_cp fsdp_cp:$ring cp_ring \
+            --sweep seq_length=131072,16384,65536,32768
     done
 }
 
 longest() { # what fits 192 GB
     PATH="$PWD/.venv/bin:$PATH" megatsp bench "${large[@]}" trainer.recompute_granularity=full \
-        trainer.seq_length=131072 trainer.micro_batch_size=1 trainer.global_batch_size=1 \
-        --schemes tsp tp tp_cp:tp=2,fsdp_over_cp=true fsdp_cp:$ring --fit 192 >"$out/longest.txt"
+        trainer.seq_length=524288 trainer.micro_batch_size=1 trainer.global_batch_size=1 \
+        --schemes tsp fsdp_cp:$ring tp tp_cp:tp=4 --fit 192 >"$out/longest.txt"
 }
 
-schemes() { # side by side on this machine, recompute none
+schemes() { # side by side on this machine, recompute none; then their memory by simulation
     for dtype in fp32 bf16; do
         few=(tsp:$ring fsdp_cp:$ring tp)
         for world in 2 4; do
@@ -51,6 +50,9 @@ schemes() { # side by side on this machine, recompute none
                 --schemes "${few[@]}" "${more[@]}" --sweep seq_length=1024,4096
             bench schemes_${dtype}_${world}_16k "${small[@]}" trainer.dtype=$dtype --world $world \
                 --schemes "${few[@]}" trainer.seq_length=16384 --warmup 0
+            OMP_NUM_THREADS=1 bench simulated_${dtype}_$world "${small[@]}" trainer.dtype=$dtype \
+                --world $world --simulate-memory --sweep seq_length=1024,4096,16384 \
+                --schemes "${few[@]}" "${more[@]}" tsp:$ring,attention_buckets=4,mlp_buckets=8,head_buckets=4
         done
     done
 }

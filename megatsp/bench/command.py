@@ -1,5 +1,6 @@
 """`megatsp bench`: schemes side by side on this machine, as a table, JSON and plots."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from megatsp.bench.plot import plot
 from megatsp.bench.ranks import RanksFailedError
 from megatsp.bench.results import Report, Row
 from megatsp.bench.runner import Settings, memory_of, plan, reason, run
-from megatsp.bench.schemes import Case
+from megatsp.bench.schemes import Case, Scheme
 from megatsp.bench.table import render
 from megatsp.launcher import INTERRUPTED
 from megatsp.training.checkpoint import replace_text
@@ -53,10 +54,7 @@ def bench(wanted: Wanted, settings: Settings, output: Output, command: list[str]
     Raises:
         ValueError: what was wanted makes no sense; nothing was measured.
     """
-    schemes = spec.parse_schemes(wanted.schemes, REFERENCES)
-    sweeps = [spec.parse_sweep(text) for text in wanted.sweeps]
-    cases = spec.make_cases(wanted.overrides, schemes, sweeps, wanted.worlds, wanted.config_dir)
-    _check_rank(cases, settings)
+    schemes, cases = _cases(wanted, settings)
     rows = [make_row(case, settings) for case in cases]
     report = Report(command, describe_machine(), spec.baseline(schemes).label, rows)
     _check_output(output)
@@ -76,16 +74,21 @@ def bench(wanted: Wanted, settings: Settings, output: Output, command: list[str]
     return status or int(not any(row.speeds or row.memory for row in rows))
 
 
+def _cases(wanted: Wanted, settings: Settings) -> tuple[list[Scheme], list[Case]]:
+    schemes = spec.parse_schemes(wanted.schemes, REFERENCES, wanted.config_dir)
+    sweeps = [spec.parse_sweep(text) for text in wanted.sweeps]
+    cases = spec.make_cases(wanted.overrides, schemes, sweeps, wanted.worlds, wanted.config_dir)
+    _check_rank(cases, settings)
+    return schemes, cases
+
+
 def longest(wanted: Wanted, settings: Settings, limit_gb: float) -> int:
     """Prints the longest sequence that fits a rank, for every scheme; returns 0, or 130 after Ctrl-C.
 
     Raises:
         ValueError: as `bench`.
     """
-    schemes = spec.parse_schemes(wanted.schemes, REFERENCES)
-    sweeps = [spec.parse_sweep(text) for text in wanted.sweeps]
-    cases = spec.make_cases(wanted.overrides, schemes, sweeps, wanted.worlds, wanted.config_dir)
-    _check_rank(cases, settings)
+    _, cases = _cases(wanted, settings)
     limit_bytes, status = int(limit_gb * GB), 0
     found: list[tuple[Case, Longest, str]] = []
     try:
@@ -102,15 +105,19 @@ def longest(wanted: Wanted, settings: Settings, limit_gb: float) -> int:
 def _longest_of(case: Case, settings: Settings, limit_bytes: int) -> tuple[Longest, str]:
     refused = make_row(case, settings).refused
     if refused:
-        return Longest(0, None), refused
+        return Longest(0, None), " ".join(refused.split())
+    failures = []
 
-    def peak(seq_length: int) -> StepMemory:
-        return memory_of(replace(case, config=with_length(case, seq_length)), settings)
+    def peak(seq_length: int) -> StepMemory | None:
+        try:
+            return memory_of(replace(case, config=with_length(case, seq_length)), settings)
+        except (RanksFailedError, TimeoutError) as error:
+            why = reason(error) if isinstance(error, RanksFailedError) else str(error)
+            failures.append(f"T = {seq_length:,} was not simulated: {why}")
+            return None
 
-    try:
-        return find_longest(peak, case.config.trainer.seq_length, limit_bytes), ""
-    except (RanksFailedError, TimeoutError) as error:
-        return Longest(0, None), reason(error) if isinstance(error, RanksFailedError) else str(error)
+    found = find_longest(peak, case.config.trainer.seq_length, 2 * case.world_size, limit_bytes)
+    return found, "; ".join(failures)
 
 
 def show_file(path: Path, output: Output) -> int:
@@ -142,10 +149,13 @@ def _check_output(output: Output) -> None:
     """Refuses before the measuring what could not be written after it."""
     if output.json not in ("", "-"):
         folder = Path(output.json).parent
-        if not folder.is_dir() or Path(output.json).is_dir():
-            raise ValueError(f"--json {output.json}: give a file in a folder that exists")
-    if output.plot and output.plot.exists() and not output.plot.is_dir():
-        raise ValueError(f"--plot {output.plot}: give a folder")
+        if not os.access(folder, os.W_OK) or Path(output.json).is_dir():
+            raise ValueError(f"--json {output.json}: give a file in a folder that exists and can be written")
+    if output.plot:
+        try:
+            output.plot.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--plot {output.plot}: give a folder ({error.strerror})") from error
 
 
 def _check_rank(cases: Sequence[Case], settings: Settings) -> None:

@@ -9,7 +9,8 @@ from megatsp.bench.table import align
 from megatsp.schema import Config
 from megatsp.validate import validate
 
-BISECTIONS = 3  # the answer is known to an eighth of itself
+BISECTIONS = 3  # the answer is known to an eighth of a doubling
+MOST = 2**31  # tokens
 GB = 10**9
 
 
@@ -21,25 +22,30 @@ class Longest:
     memory: StepMemory | None
 
 
-def find_longest(peak: Callable[[int], StepMemory], first: int, limit_bytes: int) -> Longest:
+def find_longest(
+    peak: Callable[[int], StepMemory | None], first: int, step: int, limit_bytes: int
+) -> Longest:
     """Doubles the length from `first` while its peak fits, then halves what is left of the doubling.
 
-    Every length tried is a multiple of `first` over 8, if that is whole; memory grows with length.
+    peak: of a length; None, if it could not be found, counts as too much. step: the lengths between are
+    multiples of it.
     """
-    fits, memory = 0, None
-    length = first
-    while (found := peak(length)).peak <= limit_bytes:
-        fits, memory, length = length, found, 2 * length
-    low, high = fits, length
-    step = max(1, first // 2**BISECTIONS)
-    for _ in range(BISECTIONS if fits else 0):
+    low, memory, high = 0, None, first
+    while high <= MOST and (found := _if_fits(peak(high), limit_bytes)):
+        low, memory, high = high, found, 2 * high
+    for _ in range(BISECTIONS if low else 0):
         middle = (low + high) // 2 // step * step
-        found = peak(middle)
-        if found.peak <= limit_bytes:
+        if middle <= low:
+            break
+        if found := _if_fits(peak(middle), limit_bytes):
             low, memory = middle, found
         else:
             high = middle
     return Longest(low, memory)
+
+
+def _if_fits(memory: StepMemory | None, limit_bytes: int) -> StepMemory | None:
+    return memory if memory is not None and memory.peak <= limit_bytes else None
 
 
 def with_length(case: Case, seq_length: int) -> Config:
@@ -48,8 +54,8 @@ def with_length(case: Case, seq_length: int) -> Config:
     Raises:
         ValueError: it does not split into that length.
     """
-    trainer = replace(case.config.trainer, seq_length=seq_length)
-    return validate(replace(case.config, trainer=trainer), case.world_size)
+    trainer = replace(case.composed.trainer, seq_length=seq_length)
+    return validate(replace(case.composed, trainer=trainer), case.world_size)
 
 
 def render(found: list[tuple[Case, Longest, str]], limit_bytes: int) -> str:

@@ -11,6 +11,8 @@ from megatsp.schema import Config
 from megatsp.validate import validate
 
 DEFAULT_SCHEMES = ("tsp", "fsdp_cp", "tp", "cp", "cp_ring", "cp_ulysses", "tp_cp")
+# What a scheme may set beside parallel's keys: the work stays the same.
+FREE = ("trainer.recompute_granularity", "trainer.dtype", "trainer.micro_batch_size")
 TSP_PRESETS = ("tsp", "owner")
 
 
@@ -37,16 +39,20 @@ class Case:
     """One row of the result: a scheme at a point of the sweep on a number of ranks.
 
     point: the swept keys' values. config: composed, and validated unless `refused` says why not.
+    composed: before validation, with what it chooses still to be chosen.
     """
 
     point: dict[str, str]
     world_size: int
     scheme: Scheme
     config: Config
+    composed: Config
     refused: str = ""
 
 
-def parse_schemes(specs: Sequence[str], references: Iterable[str] = ()) -> list[Scheme]:
+def parse_schemes(
+    specs: Sequence[str], references: Iterable[str] = (), user_dir: Path | None = None
+) -> list[Scheme]:
     """The schemes of specs such as `tp_cp:tp=4` and `tsp:mlp_buckets=8,trainer.dtype=bf16`.
 
     A key without a dot is one of `parallel`.
@@ -57,16 +63,16 @@ def parse_schemes(specs: Sequence[str], references: Iterable[str] = ()) -> list[
     Raises:
         ValueError: unknown name or key, a key without a value, the same spec twice.
     """
-    schemes = [_parse_scheme(spec, list(references)) for spec in specs]
+    schemes = [_parse_scheme(spec, list(references), user_dir) for spec in specs]
     for spec in specs:
         if specs.count(spec) > 1:
             raise ValueError(f"--schemes: {spec} is given twice")
     return schemes
 
 
-def _parse_scheme(spec: str, references: list[str]) -> Scheme:
+def _parse_scheme(spec: str, references: list[str], user_dir: Path | None) -> Scheme:
     name, colon, rest = spec.partition(":")
-    valid = [*group_choices()["parallel"], *references]
+    valid = [*group_choices(user_dir)["parallel"], *references]
     if name not in valid:
         near = did_you_mean(name, valid)
         raise ValueError(f"--schemes {spec}: unknown scheme {name!r}{near} (schemes: {', '.join(valid)})")
@@ -78,8 +84,12 @@ def _parse_scheme(spec: str, references: list[str]) -> Scheme:
             raise ValueError(f"--schemes {spec}: {item!r} is no key=value; write {name}:key=value,key=value")
         if key not in _keys():
             raise ValueError(f"--schemes {spec}: unknown key {key}{did_you_mean(key, _keys())}")
-        if key.startswith("launch."):
-            raise ValueError(f"--schemes {spec}: {key} is the same for all schemes; use --world or {key}=...")
+        if not key.startswith("parallel.") and key not in FREE:
+            free = ", ".join(FREE)
+            raise ValueError(
+                f"--schemes {spec}: {key} is the same for all schemes, which do the same work; a scheme may "
+                f"set keys of parallel and {free}. Give {key}=... to all, or --sweep it"
+            )
         overrides.append(f"{key}={value}")
     return Scheme(spec, name, tuple(overrides), name in references)
 
@@ -160,11 +170,11 @@ def make_cases(
 
 def _case(point: dict[str, str], world_size: int, scheme: Scheme, config: Config) -> Case:
     if scheme.is_reference and world_size > 1:
-        return Case(point, world_size, scheme, config, "one process: only with --world 1")
+        return Case(point, world_size, scheme, config, config, "one process: only with --world 1")
     try:
-        return Case(point, world_size, scheme, validate(config, world_size))
+        return Case(point, world_size, scheme, validate(config, world_size), config)
     except ValueError as error:
-        return Case(point, world_size, scheme, config, str(error))
+        return Case(point, world_size, scheme, config, config, str(error))
 
 
 def _keys() -> list[str]:

@@ -2,19 +2,22 @@
 
 import pytest
 
-from megatsp.bench.longest import find_longest
+from megatsp.bench.longest import find_longest, with_length
 from megatsp.bench.memory import StepMemory
+from megatsp.bench.schemes import make_cases, parse_schemes
 
 
-def search(first: int, limit: int, bytes_per_token: int = 10, fixed: int = 100) -> tuple[int, list[int]]:
+def search(first: int, limit: int, step: int = 8, broken: int = 0) -> tuple[int, list[int]]:
     """The length found, and those that were tried."""
-    tried = []
+    tried, bytes_per_token, fixed = [], 10, 100
 
-    def peak(seq_length: int) -> StepMemory:
+    def peak(seq_length: int) -> StepMemory | None:
         tried.append(seq_length)
+        if seq_length == broken:
+            return None
         return StepMemory(fixed, 0, 0, 0, 0, fixed + bytes_per_token * seq_length, None, {})
 
-    found = find_longest(peak, first, limit)
+    found = find_longest(peak, first, step, limit)
     assert found.memory is None or found.memory.peak == fixed + bytes_per_token * found.seq_length <= limit
     return found.seq_length, tried
 
@@ -31,6 +34,18 @@ def test_not_even_the_first():
     assert search(64, 500) == (0, [64])
 
 
-def test_lengths_stay_multiples_of_what_was_given():
-    _, tried = search(24, 100 + 10 * 100)
-    assert all(length % 3 == 0 for length in tried)
+def test_lengths_are_those_that_split():
+    found, tried = search(24, 100 + 10 * 100, step=12)
+    assert found == 96 and all(length % 12 == 0 for length in tried)
+
+
+def test_what_cannot_be_simulated_leaves_what_fitted():
+    assert search(64, 100 + 10 * 1000, broken=256)[0] == 240  # below it, to an eighth
+
+
+def test_bucket_counts_are_chosen_anew_at_every_length():
+    (case,) = make_cases(["trainer.seq_length=256"], parse_schemes(["tsp"]), [], [2])
+    longer = with_length(case, 2**20).parallel
+    assert case.config.parallel.mlp_buckets == 1 and longer.mlp_buckets == 2
+    (direct,) = make_cases([f"trainer.seq_length={2**20}"], parse_schemes(["tsp"]), [], [2])
+    assert direct.config.parallel == longer

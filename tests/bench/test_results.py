@@ -73,7 +73,7 @@ def test_what_did_not_run_is_a_row_with_its_reason():
 @pytest.mark.parametrize(
     ("loss", "dtype", "flagged"),
     [
-        (5.004, "fp32", False),
+        (5.0004, "fp32", False),
         (5.006, "fp32", True),
         (5.09, "bf16", False),
         (5.11, "bf16", True),

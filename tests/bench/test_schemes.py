@@ -29,7 +29,7 @@ def test_a_reference_is_a_scheme_of_one_process():
         ("tsp:mlp_buckets", "'mlp_buckets' is no key=value"),
         ("tsp:mlp_bucket=2", "unknown key parallel.mlp_bucket; did you mean parallel.mlp_buckets"),
         ("tsp:trainer.dtpye=bf16", "did you mean trainer.dtype"),
-        ("tsp:launch.nproc=2", "the same for all schemes; use --world"),
+        ("tsp:launch.nproc=2", "the same for all schemes, which do the same work"),
     ],
 )
 def test_a_wrong_spec_names_the_right_one(spec, message):
