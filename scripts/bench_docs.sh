@@ -34,8 +34,8 @@ seven() { # the paper's memory table: 7B on eight ranks, simulated
 
 longest() { # what fits 192 GB
     PATH="$PWD/.venv/bin:$PATH" megatsp bench "${large[@]}" trainer.recompute_granularity=full \
-        trainer.seq_length=524288 trainer.micro_batch_size=1 trainer.global_batch_size=1 \
-        --schemes tsp fsdp_cp:$ring tp tp_cp:tp=4 --fit 192 >"$out/longest.txt"
+        trainer.seq_length=1048576 trainer.micro_batch_size=1 trainer.global_batch_size=1 \
+        --schemes tp fsdp_cp:$ring tp_cp:tp=4 tsp --fit 192 >"$out/longest.txt"
 }
 
 schemes() { # side by side on this machine, recompute none; then their memory by simulation
@@ -50,7 +50,7 @@ schemes() { # side by side on this machine, recompute none; then their memory by
                 --schemes "${few[@]}" "${more[@]}" --sweep seq_length=1024,4096
             bench schemes_${dtype}_${world}_16k "${small[@]}" trainer.dtype=$dtype --world $world \
                 --schemes "${few[@]}" trainer.seq_length=16384 --warmup 0
-            OMP_NUM_THREADS=1 bench simulated_${dtype}_$world "${small[@]}" trainer.dtype=$dtype \
+            bench simulated_${dtype}_$world "${small[@]}" trainer.dtype=$dtype \
                 --world $world --simulate-memory --sweep seq_length=1024,4096,16384 \
                 --schemes "${few[@]}" "${more[@]}" tsp:$ring,attention_buckets=4,mlp_buckets=8,head_buckets=4
         done

@@ -13,6 +13,7 @@ from megatsp.axes import choose_device
 from megatsp.bench.exposed import gpu_exposed_s, timed_waits
 from megatsp.bench.memory import StepMemory, measured_memory, one_rank_memory, simulated_memory
 from megatsp.bench.plain import plain_step, transformers_step
+from megatsp.bench.ranks import num_cores
 from megatsp.schema import Config
 
 
@@ -73,6 +74,7 @@ def rank_memory(config: Config) -> StepMemory:
 
 def lone_memory(config: Config, world_size: int, rank: int, simulate: bool) -> StepMemory:
     """The memory of one rank of many whose peers are not there; simulated, or on the real device."""
+    torch.set_num_threads(max(1, num_cores() // world_size))  # as its ranks would have
     if simulate:
         return simulated_memory(config, world_size, rank)
     return one_rank_memory(config, world_size, rank, choose_device(config.launch.device))

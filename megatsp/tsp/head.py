@@ -108,8 +108,8 @@ class _Head(torch.autograd.Function):
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
             # d loss / d logits = softmax - one_hot(target)
-            logits = kept.pop(step) if step in kept else rows @ columns.pieces[0]
-            dlogits = logits.float().sub_(lse[:, None]).exp_()
+            logits = (kept.pop(step) if step in kept else rows @ columns.pieces[0]).float()
+            dlogits = logits.sub_(lse[:, None]).exp_()
             inside, column = _targets_inside(targets, bucket[0])
             dlogits.scatter_add_(1, column[:, None], -inside.float()[:, None])
             dlogits = dlogits.mul_(scale).to(x.dtype)

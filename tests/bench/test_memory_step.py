@@ -3,6 +3,7 @@
 They differ by when gloo's threads let go of a tensor, and by what no rule tells of operators' insides.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -79,6 +80,15 @@ def measured(world_size: int) -> dict[str, list[StepMemory]]:
     cases = [changes for size, changes in CASES if size == world_size]
     by_rank = run_distributed(rank_measured, world_size, [config(world_size, c) for c in cases])
     return dict(zip(cases, map(list, zip(*by_rank, strict=True)), strict=True))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As on the ranks that are measured: flash attention has a block of scores for each thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache
