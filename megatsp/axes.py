@@ -8,6 +8,7 @@ so that a group stays inside a node). Axes of one rank are there too and cost no
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -127,12 +128,16 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def join(device: torch.device, timeout_s: int) -> None:
-    """Joins the default process group that the launcher described in the environment."""
+def join(device: torch.device, timeout_s: float, **where: Any) -> None:
+    """Joins the default process group: NCCL's on a GPU, gloo's elsewhere.
+
+    where: init_process_group's store, rank and world_size, if no launcher described them in the environment.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
+        **where,
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from megatsp.bench.step import TrainStep
@@ -29,7 +30,7 @@ class DenseStep:
         ours = TrainStep(config, device)
         self.config, self.batches, self.device = config, ours.batches, device
         self.model, self._loss = make(config)
-        weights = {name: p.detach().full_tensor() for name, p in ours.gpt.named_parameters()}  # type: ignore[attr-defined]
+        weights = {name: _whole(p) for name, p in ours.gpt.named_parameters()}
         if "lm_head.weight" in self.model.state_dict():  # transformers lists a tied one too
             weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
         self.model.load_state_dict(weights, strict=True)
@@ -50,6 +51,11 @@ class DenseStep:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
         self.optimizer.step(self.config.optimizer.lr)
         return torch.stack(losses).sum()
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    return parameter.full_tensor().detach()
 
 
 def plain_step(config: Config, device: torch.device) -> DenseStep:

@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatsp.axes import choose_device
+from megatsp.axes import choose_device, join
 
 PRELOAD = (
     "torch",
@@ -201,7 +200,9 @@ def _rank(call: bytes, rank: int, parent: Connection, surroundings: _Surrounding
         torch.set_num_threads(max(1, num_cores() // world_size))
         if surroundings.store:
             # Longer than the parent waits: a hanging collective is the parent's to report.
-            _join(surroundings, rank, timedelta(seconds=timeout_s + 30))
+            store = dist.FileStore(surroundings.store, world_size)
+            device = choose_device(surroundings.device)
+            join(device, timeout_s + 30, store=store, rank=rank, world_size=world_size)
         fn, args = pickle.loads(call)
         report = pickle.dumps(("", "", fn(*args)))
     except BaseException as error:
@@ -209,20 +210,6 @@ def _rank(call: bytes, rank: int, parent: Connection, surroundings: _Surrounding
         report = pickle.dumps((summary, traceback.format_exc(), None))
     parent.send_bytes(report)
     watch.join()
-
-
-def _join(surroundings: _Surroundings, rank: int, timeout: timedelta) -> None:
-    device = choose_device(surroundings.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(surroundings.store, surroundings.world_size),
-        rank=rank,
-        world_size=surroundings.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
 
 
 def _end_with(parent: Connection) -> None:

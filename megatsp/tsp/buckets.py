@@ -2,7 +2,7 @@
 
 Every matrix of the model has one dimension of the residual width h. Its h-MAJOR view has
 that dimension first: [h, n], n the matrix's columns. A bucket is a range of columns of each
-matrix it needs, side by side: one [h, R] tensor, and whoever computes with it slices R.
+matrix it needs; what travels has them side by side in one [h, R] tensor (see `Columns`).
 """
 
 from collections.abc import Sequence
@@ -44,6 +44,11 @@ class Part:
     label: str
     matrices: tuple[Matrix, ...]
     buckets: tuple[Bucket, ...]
+
+    def views(self, index: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The bucket's columns in tensors like the part's matrices, or like slices of them over h."""
+        return [h_major(tensors[s.matrix], self.matrices[s.matrix])[:, s.start : s.stop]
+                for s in self.buckets[index]]  # fmt: skip
 
 
 def h_major(weight: Tensor, matrix: Matrix) -> Tensor:

@@ -79,24 +79,19 @@ class Resident:
 
     def columns(self, step: int, weights: Sequence[Tensor], arrived: Tensor) -> Columns:
         del arrived
-        return Columns([piece.to(self.dtype) for piece in self.pieces(step, weights)])
-
-    def pieces(self, step: int, like_weights: Sequence[Tensor]) -> list[Tensor]:
-        """Views of the step's columns in tensors like the weights."""
-        return [h_major(like_weights[s.matrix], self.part.matrices[s.matrix])[:, s.start : s.stop]
-                for s in self.part.buckets[step]]  # fmt: skip
+        return Columns([piece.to(self.dtype) for piece in self.part.views(step, weights)])
 
     def gradients(self, weights: Sequence[Tensor]) -> Gradients:
-        return _ResidentGradients(self, weights)
+        return _ResidentGradients(self.part, weights)
 
 
 class _ResidentGradients:
-    def __init__(self, transport: Resident, weights: Sequence[Tensor]) -> None:
-        self._transport = transport
+    def __init__(self, part: Part, weights: Sequence[Tensor]) -> None:
+        self._part = part
         self._whole = [torch.empty_like(w) for w in weights]
 
     def buffer(self, step: int) -> Columns:
-        return Columns(self._transport.pieces(step, self._whole))
+        return Columns(self._part.views(step, self._whole))
 
     def send(self, step: int, gradient: Columns) -> None:
         """It was written where it stays."""
@@ -118,8 +113,7 @@ class Gather(SideBySide):
 
     def post(self, step: int, weights: Sequence[Tensor], previous: Tensor | None) -> Pending:
         del previous
-        columns = [h_major(weights[s.matrix], self.part.matrices[s.matrix])[:, s.start : s.stop]
-                   for s in self.part.buckets[step]]  # fmt: skip
+        columns = self.part.views(step, weights)
         rows = columns[0].shape[0]
         block = columns[0].new_empty(rows, width(self.part.buckets[step]), dtype=self.dtype)
         for target, source in zip(block.split([c.shape[1] for c in columns], 1), columns, strict=True):
