@@ -1,10 +1,21 @@
 """Set before any test module is imported, and inherited by the ranks that tests start."""
 
 import os
+import signal
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers never asks a server
 os.environ["WANDB_MODE"] = "offline"  # nor does wandb
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; triton reads it when it is imported
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts this process and those it starts; a shell's `pytest &` has both ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -1,16 +1,24 @@
 """The helper that starts ranks for every other test: results, failures, timeouts, nothing left behind."""
 
+import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
+import threading
 import time
 import warnings
+from multiprocessing import forkserver, reduction
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
+
+from megatsp.bench import ranks
 
 
 def sum_of_ranks(scale: float, tensor: torch.Tensor) -> tuple[int, int, torch.Tensor]:
@@ -123,3 +131,47 @@ def test_warnings_are_errors_in_ranks() -> None:
 def test_a_local_function_is_refused() -> None:
     with pytest.raises((AttributeError, pickle.PicklingError)):
         run_distributed(lambda: None, 1)
+
+
+# Where a rank is being started, where a destructor runs, which drops exceptions, and in the cleanup.
+@pytest.mark.parametrize(
+    ("owner", "name"), [(reduction, "sendfds"), (Connection, "__del__"), (ranks, "_kill")]
+)
+def test_an_interrupt_waits_where_it_would_do_harm(
+    interruptible: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    run_distributed(surroundings, 1)
+    server = forkserver._forkserver._forkserver_pid
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_distributed(note_pid, 2, str(tmp_path))
+    assert len(calls) > 1 and not multiprocessing.active_children()  # it went on to the end
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not alive(noted(tmp_path))
+    run_distributed(surroundings, 1)
+    assert forkserver._forkserver._forkserver_pid == server
+
+
+def test_an_interrupt_ends_the_wait_for_ranks(interruptible: None) -> None:
+    start = time.monotonic()
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_distributed(time.sleep, 2, 60)
+    assert time.monotonic() - start < 30 and not multiprocessing.active_children()
+
+
+def signal_mask() -> set[int]:
+    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_ranks_are_spared_the_terminals_interrupt() -> None:
+    assert signal.SIGINT not in signal_mask()
+    assert all(signal.SIGINT in mask for mask in run_distributed(signal_mask, 2))

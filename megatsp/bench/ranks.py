@@ -4,7 +4,8 @@ Ranks are forked from a server that has imported torch once, so four start in we
 second; the server itself touches no GPU and no process group. They meet in a file, not at a
 port. A rank that has returned or failed lives on until the parent has heard from all it needs,
 so that no rank fails because another one left; then all are killed, with whatever they started.
-They also end themselves when the parent goes, however that one ends.
+They also end themselves when the parent goes, however that one ends. Ctrl-C is the parent's alone,
+and waits while ranks are started and killed.
 """
 
 import multiprocessing
@@ -16,9 +17,10 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -98,30 +100,103 @@ def run_ranks(
         RanksFailedError: a rank raised or died.
         TimeoutError: some ranks have not returned in time; their numbers are in the message.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
     deadline = time.monotonic() + timeout_s
     call = pickle.dumps((fn, args))
     connections: list[Connection] = []
     processes: list[Any] = []
-    with tempfile.TemporaryDirectory(prefix="megatsp-ranks-") as folder:
+    with _interrupts() as interrupts, tempfile.TemporaryDirectory(prefix="megatsp-ranks-") as folder:
         store = str(Path(folder) / "store") if join else ""
         environment, filters = dict(os.environ), list(warnings.filters)
         surroundings = _Surroundings(environment, filters, world_size, store, device, folder if quiet else "")
         try:
+            _start_server(preload)
             for rank in range(world_size):
-                ours, theirs = context.Pipe()
-                connections.append(ours)
-                process = context.Process(target=_rank, args=(call, rank, theirs, surroundings, timeout_s))
-                process.start()
-                processes.append(process)
-                theirs.close()  # only the rank holds it, so its death is our end of file
+                _start(processes, connections, call, rank, surroundings, timeout_s)
+            interrupts.let_in()
             return _results(processes, connections, deadline, timeout_s, surroundings.log_folder)
         finally:
-            for process in processes:
-                _kill(process)
-            for connection in connections:
-                connection.close()
+            interrupts.wait = True
+            while processes:  # popped, so that nothing is left to destroy where an interrupt no longer waits
+                _kill(processes.pop())
+            while connections:
+                connections.pop().close()
+
+
+def _start(
+    processes: list[Any],
+    connections: list[Connection],
+    call: bytes,
+    rank: int,
+    surroundings: "_Surroundings",
+    timeout_s: float,
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    connections.append(ours)
+    process = context.Process(target=_rank, args=(call, rank, theirs, surroundings, timeout_s))
+    process.start()
+    processes.append(process)
+    theirs.close()  # only the rank holds it, so its death is our end of file
+
+
+class _Interrupts:
+    """Whether Ctrl-C has to wait, and the signals that do."""
+
+    def __init__(self) -> None:
+        self.wait = True
+        self.held: list[int] = []
+
+    def let_in(self) -> None:
+        self.wait = False
+        if self.held:
+            signal.raise_signal(self.held.pop())
+
+
+@contextmanager
+def _interrupts() -> Iterator[_Interrupts]:
+    """Inside, Ctrl-C, and SIGTERM where Python handles it, wait to the end or until `wait` is false.
+
+    Python raises KeyboardInterrupt between any two instructions. In a destructor it is printed and
+    dropped, and the caller goes on; between connecting to the fork server and writing to it, it
+    ends the server; in the cleanup it leaves ranks and files.
+    """
+    interrupts = _Interrupts()
+    handlers: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        if interrupts.wait:
+            interrupts.held.append(number)
+        else:
+            interrupts.wait = True  # a second one must not interrupt the cleanup after the first
+            handlers[number](number, frame)
+            interrupts.wait = False  # it has raised nothing
+
+    if threading.current_thread() is threading.main_thread():  # no other thread is interrupted
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers.update((number, handler) for number, handler in found.items() if callable(handler))
+    try:
+        for number in handlers:
+            signal.signal(number, handle)
+        yield interrupts
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if interrupts.held:
+            signal.raise_signal(interrupts.held[0])
+
+
+def _start_server(preload: Sequence[str]) -> None:
+    """Starts the fork server, if it does not run, so that it and its ranks never see a SIGINT.
+
+    A terminal sends one to them too; they would show a traceback while they import.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+    resource_tracker.ensure_running()  # before, for starting it unblocks SIGINT
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _results(

@@ -153,7 +153,7 @@ def belonging(mark: str) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_it_keeps_its_rows_and_leaves_no_process(tmp_path: Path, number):
+def test_interrupted_it_keeps_its_rows_and_leaves_no_process(tmp_path: Path, interruptible, number):
     file = tmp_path / "bench.json"
     arguments = [*TINY, "--schemes", "tsp", "fsdp", "--world", "2", "--repeats", "999", "--json", str(file)]
     job = subprocess.Popen(
