@@ -118,14 +118,18 @@ def _block(q: Tensor, k: Tensor) -> tuple[int, int]:
 
 
 def _attention_bytes(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Scores, their maxima and sums, and outputs in fp32; in bf16 also scores, and keys and values repacked.
+    """Scores, their maxima and sums, and outputs in fp32; in bf16 also scores.
+
+    With AMX, in bf16, also keys and values repacked, and a block of them.
 
     Source: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, as is the backward's.
     """
     (rows, columns), d, threads = _block(q, k), q.shape[-1], torch.get_num_threads()
     buffers = 4 * threads * (rows * columns + 2 * rows + rows * d)
     if q.itemsize == 2:
-        buffers += 2 * (threads * (rows * columns + columns * d) + k.numel() + v.numel())
+        buffers += 2 * threads * rows * columns
+        if torch.cpu._is_amx_tile_supported():
+            buffers += 2 * (threads * columns * d + k.numel() + v.numel())
     return buffers
 
 

@@ -62,6 +62,8 @@ def test_logsumexp_holds_the_exponentials():
 @pytest.mark.parametrize("tokens", [100, 500, 1024, 4096])
 def test_what_flash_attention_allocates(dtype, tokens):
     """Two KV heads for four query heads, and queries as the model has them: [B, T, H, d] in memory."""
+    if dtype == BF16 and tokens == 100 and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("without AMX oneDNN multiplies with scratch of its own, of up to 0.25 MB: not modelled")
 
     def make() -> tuple[Tensor, ...]:
         q, dout = (torch.ones(1, tokens, 4, 64, dtype=dtype).transpose(1, 2) for _ in range(2))
