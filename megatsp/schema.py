@@ -107,6 +107,29 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """What computes each operation; auto: Triton on a GPU, torch on a CPU."""
+
+    attention: str = key(
+        "auto",
+        "attention; flash_attn, aiter: those libraries, where they are installed",
+        choices=("auto", "triton", "torch", "flash_attn", "aiter"),
+    )
+    norm: str = key(
+        "auto",
+        "RMSNorm; apex: its fused norm, where it is installed",
+        choices=("auto", "triton", "torch", "apex"),
+    )
+    rotary: str = key("auto", "rotary embedding", choices=("auto", "triton", "torch"))
+    swiglu: str = key("auto", "SwiGLU", choices=("auto", "triton", "torch"))
+    loss: str = key(
+        "auto",
+        "vocabulary head's cross-entropy; triton writes no logits",
+        choices=("auto", "triton", "torch"),
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     name: str = key("adamw", "which optimizer", choices=("adamw", "apex_fused_adam"))
     lr: float = key(3e-4, "peak learning rate", within="(0, inf)")
@@ -190,6 +213,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from megatsp.axes import Axes
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import DTYPES, build_model
-from megatsp.schema import Config, ModelConfig, ParallelConfig, TrainerConfig
+from megatsp.schema import Config, KernelsConfig, ModelConfig, ParallelConfig, TrainerConfig
 
 # Odd on purpose: FFN width, vocabulary and batch divide by nothing here.
 BATCH, LENGTH = 3, 48
@@ -37,10 +37,11 @@ class Case:
     recompute: str = "none"
     dtype: str = "fp32"
     micro_batches: int = 1
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
 
     def config(self) -> Config:
         trainer = TrainerConfig(recompute_granularity=self.recompute, dtype=self.dtype)
-        return Config(model=self.model, parallel=self.parallel, trainer=trainer)
+        return Config(model=self.model, parallel=self.parallel, kernels=self.kernels, trainer=trainer)
 
 
 def case(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_distributed
+from megatsp_kernels.attention import sdpa
 from megatsp_kernels.attention.reference import attention
 from parity import Case, case
 from torch import Tensor
@@ -21,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatsp.axes import Axes
-from megatsp.cp import blockwise
 from megatsp.model.parallelize import build_model, parts
 from megatsp.tsp.buckets import Part, width
 from megatsp.tsp.partition import take_local
@@ -69,7 +69,7 @@ def seen(watch: Watch) -> Seen:
 
 def rank_seen(case_: Case, with_head: bool, plain_attention: bool = False) -> Seen:
     if plain_attention:
-        blockwise.attention_forward = attention
+        sdpa.attention_forward = attention
     axes = Axes.build(case_.parallel, torch.device("cpu"))
     gpt = build_model(case_.config(), axes)
     ids = take_local(torch.arange(T)[None] % V, axes.tsp.rank, axes.tsp.size)

@@ -19,42 +19,40 @@ from torch import Tensor
 
 from megatsp.comm import Comm, Pending, TravellingSum
 from megatsp.cp.allgather import AllGatherExchange
-from megatsp.cp.blockwise import Visit
-from megatsp.cp.ring import visit
-from megatsp.tsp.partition import to_global, to_shards
+from megatsp.cp.exchange import Arrival
 
 
 class HierarchicalExchange:
     """An `Exchange` over `outer` times `inner`, of two ranks or more each."""
 
     def __init__(self, outer: Comm, inner: Comm, kv: Tensor, label: str) -> None:
-        self._outer, self._inner, self._label, self._tokens = outer, inner, label, kv.shape[-2]
-        self._step = 0
+        self._outer, self._inner, self._label = outer, inner, label
+        self._step, self.count = 0, outer.size
         self._hop = outer.shift(kv, torch.empty_like(kv), label)
-        self._own_group = AllGatherExchange(inner, kv, label)
+        self._own_group = AllGatherExchange(inner, kv, label, outer.rank * inner.size)
         self._gathering: Pending | None = None
         self._reducing: Pending | None = None
         self._sum = TravellingSum(outer, "kv/gradients")
 
-    def arrivals(self) -> Iterator[tuple[Tensor, list[Visit]]]:
-        rank, size = self._outer.rank, self._outer.size
+    def arrivals(self) -> Iterator[Arrival]:
+        groups = self._outer.size
         yield self._take_own_group()
-        for self._step in range(1, size):
-            from_earlier = (rank - self._step) % size < rank
-            yield self._take(), [visit(from_earlier, self._tokens, self._tokens * self._inner.size)]
+        for self._step in range(1, groups):
+            yield self._take()
 
-    def _take_own_group(self) -> tuple[Tensor, list[Visit]]:
+    def _take_own_group(self) -> Arrival:
         arrival = self._own_group.take()
         self._gather_next()
         return arrival
 
-    def _take(self) -> Tensor:
-        """The gathered group of this step, in order; the next one's transfers are posted."""
+    def _take(self) -> Arrival:
+        """The gathered group of this step; the next one's transfers are posted."""
         assert self._gathering is not None
-        kv = to_global(self._gathering.wait())
+        group = (self._outer.rank - self._step) % self._outer.size
+        arrival = Arrival(self._gathering.wait(), group * self._inner.size)
         if self._step < self._outer.size - 1:
             self._gather_next()
-        return kv
+        return arrival
 
     def _gather_next(self) -> None:
         # The shard of the next step's group came by the ring; it goes on, and to the whole of ours.
@@ -68,7 +66,7 @@ class HierarchicalExchange:
             self._own_group.send(gradient)
             return
         self._pass_on(self._step - 1)
-        self._reducing = self._inner.reduce_scatter(to_shards(gradient, self._inner.size), "kv/gradients")
+        self._reducing = self._inner.reduce_scatter(gradient, "kv/gradients")
 
     def _pass_on(self, step: int) -> None:
         """Adds our group's gradient of that step, for the ranks at our place, to the sum that travels.

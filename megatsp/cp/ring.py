@@ -10,18 +10,7 @@ import torch
 from torch import Tensor
 
 from megatsp.comm import Comm, TravellingSum
-from megatsp.cp.blockwise import Visit
-
-
-def visit(from_earlier: bool, queries: int, keys: int) -> Visit:
-    """Which of our `queries` tokens see which of the `keys` tokens of another rank, or group of ranks.
-
-    Both are two spans of the sequence, in order. An earlier rank's lie on either side of ours, so all
-    queries see its low half; a later rank's lie between ours, so our high half sees both.
-    """
-    if from_earlier:
-        return slice(None), slice(0, keys // 2)
-    return slice(queries // 2, None), slice(None)
+from megatsp.cp.exchange import Arrival
 
 
 class RingExchange:
@@ -29,21 +18,23 @@ class RingExchange:
 
     def __init__(self, comm: Comm, kv: Tensor, label: str) -> None:
         self._comm, self._label, self._step = comm, label, 0
+        self.count = comm.size - 1
         self._kv = comm.shift(kv, torch.empty_like(kv), label)
         self._sum = TravellingSum(comm, "kv/gradients")
 
-    def arrivals(self) -> Iterator[tuple[Tensor, list[Visit]]]:
+    def arrivals(self) -> Iterator[Arrival]:
         rank, size = self._comm.rank, self._comm.size
         for self._step in range(1, size):
             kv = self._kv.wait()
             if self._step < size - 1:
                 self._kv = self._comm.shift(kv, torch.empty_like(kv), self._label)
-            tokens = kv.shape[-2]
-            yield kv, [visit((rank - self._step) % size < rank, tokens, tokens)]
+            arrival = Arrival(kv[None], (rank - self._step) % size)
             del kv
+            yield arrival
+            del arrival
 
     def send(self, gradient: Tensor) -> None:
-        self._sum.add(self._step, gradient, gradient.shape)
+        self._sum.add(self._step, gradient[0], gradient[0].shape)
 
     def total(self, own: Tensor) -> Tensor:
         self._sum.add(0, own, own.shape)

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from megatsp_kernels.attention import attention_backward, attention_forward
 from torch import Tensor
 
 from megatsp.comm import Comm
 from megatsp.cp.allgather import AllGatherExchange
 from megatsp.cp.blockwise import BlockwiseAttention
+from megatsp.cp.exchange import Exchange
+from megatsp.cp.fused import FusedBlock, RingAttention
 from megatsp.cp.hierarchical import HierarchicalExchange
+from megatsp.cp.local import BlockAttention, LocalAttention
 from megatsp.cp.ring import RingExchange
 from megatsp.cp.ulysses import UlyssesAttention
 
@@ -35,24 +37,13 @@ class SequenceAttention(Protocol):
         """
 
 
-class LocalAttention:
-    """A `SequenceAttention` of one rank: nothing is sent, and nothing copied."""
-
-    def __init__(self, scale: float) -> None:
-        self._scale = scale
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return attention_forward(q, k, v, True, self._scale)
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
-        dq, dk, dv = attention_backward(dout, q, k, v, out, lse, True, self._scale)
-        return dq, lambda: (dk, dv)
-
-
 def sequence_attention(
-    exchange: str, sequence: Comm, outer: Comm, inner: Comm, scale: float
+    exchange: str,
+    sequence: Comm,
+    outer: Comm,
+    inner: Comm,
+    scale: float,
+    kernel: BlockAttention,
 ) -> SequenceAttention:
     """Attention over the ranks of `sequence`.
 
@@ -62,18 +53,21 @@ def sequence_attention(
         outer, inner: the C ranks of its cp axis and the D of its tsp axis: s is D outer.rank +
             inner.rank. They matter to `hierarchical` alone.
         scale: of the scores.
+        kernel: computes a block; ours carries its state from block to block.
     """
     assert sequence.size == outer.size * inner.size
     assert sequence.rank == outer.rank * inner.size + inner.rank
     if sequence.size == 1:
-        return LocalAttention(scale)
+        return LocalAttention(kernel, scale)
     if exchange == "ulysses":
-        return UlyssesAttention(sequence, scale)
+        return UlyssesAttention(sequence, kernel, scale)
     if exchange == "hierarchical" and 1 in (outer.size, inner.size):  # then it is its other level
         exchange = "allgather" if outer.size == 1 else "ring"
-    if exchange == "allgather":
-        return BlockwiseAttention(partial(AllGatherExchange, sequence), scale)
-    if exchange == "ring":
-        return BlockwiseAttention(partial(RingExchange, sequence), scale)
-    assert exchange == "hierarchical"
-    return BlockwiseAttention(partial(HierarchicalExchange, outer, inner), scale)
+    exchanges: dict[str, Callable[[Tensor, str], Exchange]] = {
+        "allgather": partial(AllGatherExchange, sequence),
+        "ring": partial(RingExchange, sequence),
+        "hierarchical": partial(HierarchicalExchange, outer, inner),
+    }
+    if isinstance(kernel, FusedBlock):
+        return RingAttention(exchanges[exchange], sequence, scale)
+    return BlockwiseAttention(exchanges[exchange], sequence, kernel, scale)

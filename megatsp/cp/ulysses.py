@@ -11,23 +11,23 @@ Source: Jacobs et al., DeepSpeed-Ulysses, arXiv:2309.14509.
 from collections.abc import Callable
 
 import torch
-from megatsp_kernels.attention import attention_backward, attention_forward
 from torch import Tensor
 
 from megatsp.comm import Comm, Pending
+from megatsp.cp.local import BlockAttention
 from megatsp.tsp.partition import to_global, to_shards
 
 
 class UlyssesAttention:
     """softmax(q k^T scale) v over the S ranks of `comm`: a `SequenceAttention`. S divides H and K."""
 
-    def __init__(self, comm: Comm, scale: float) -> None:
-        self._comm, self._scale = comm, scale
+    def __init__(self, comm: Comm, kernel: BlockAttention, scale: float) -> None:
+        self._comm, self._kernel, self._scale = comm, kernel, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As `SequenceAttention.forward`; the log-sum-exp is [B, H/S, T], of rank r's H/S heads."""
         q, k, v = self._to_heads("ulysses/forward", q, k, v)
-        out, lse = attention_forward(q, k, v, True, self._scale)
+        out, lse = self._kernel.attention_forward(q, k, v, True, self._scale)
         return self._to_sequence("ulysses/forward", out).wait(), lse
 
     def backward(
@@ -35,7 +35,7 @@ class UlyssesAttention:
     ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
         """As `SequenceAttention.backward`; all gradients are fp32, but travelled in the compute dtype."""
         dout, q, k, v, out = self._to_heads("ulysses/backward", dout, q, k, v, out)
-        dq, dk, dv = attention_backward(dout, q, k, v, out, lse, True, self._scale)
+        dq, dk, dv = self._kernel.attention_backward(dout, q, k, v, out, lse, True, self._scale)
         dq_pending = self._to_sequence("ulysses/backward", dq)
         dkv_pending = self._to_sequence("ulysses/backward", torch.stack([dk, dv]))
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from megatsp.axes import Axes
 from megatsp.cp.sequence import sequence_attention
+from megatsp.kernels import choose_kernels, resolve
 from megatsp.model.gpt import GPT, DecoderLayer, local
 from megatsp.model.init import initial_slice
 from megatsp.schema import Config, ModelConfig, ParallelConfig
@@ -78,7 +79,7 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
         ValueError: a dtype or head width that a GPU's flash attention does not take.
     """
     if axes.device.type == "cuda":
-        _check_gpu(config)
+        _check_gpu(config, axes.device)
     with torch.device("meta"):
         gpt = GPT(config.model)
     _shard(gpt, config.parallel, axes)
@@ -92,9 +93,13 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
     return gpt
 
 
-def _check_gpu(config: Config) -> None:
-    if config.trainer.dtype == "fp32":
-        raise ValueError("trainer.dtype=fp32: flash attention on a GPU needs bf16, or use launch.device=cpu")
+def _check_gpu(config: Config, device: torch.device) -> None:
+    attention = resolve(config.kernels, device)["attention"]
+    if config.trainer.dtype == "fp32" and attention != "triton":
+        raise ValueError(
+            f"trainer.dtype=fp32: kernels.attention={attention} on a GPU needs bf16; use trainer.dtype=bf16, "
+            "kernels.attention=triton or launch.device=cpu"
+        )
     if config.model.kv_channels % 8 or config.model.kv_channels > 256:
         raise ValueError(
             f"model.kv_channels={config.model.kv_channels}: flash attention on a GPU takes multiples of 8 "
@@ -261,8 +266,9 @@ def _attach_streams(gpt: GPT, config: Config, axes: Axes) -> None:
     attention, mlp, head = (
         _transport(p, parallel, axes, dtype) for p in parts(model, parallel, axes.tp.rank)
     )
+    kernels = choose_kernels(config.kernels, axes.device)
     sequence = sequence_attention(
-        parallel.kv_exchange, axes.sequence, axes.cp, axes.tsp, model.kv_channels**-0.5
+        parallel.kv_exchange, axes.sequence, axes.cp, axes.tsp, model.kv_channels**-0.5, kernels.attention
     )
     tokens = GroupTokens(axes.tp)
     first_row, _ = share(model.vocab_size, axes.tp.rank, axes.tp.size)
@@ -272,15 +278,18 @@ def _attach_streams(gpt: GPT, config: Config, axes: Axes) -> None:
 
     for index in range(model.num_layers):
         gpt.layer(index).stream = StreamedLayer(
-            StreamedAttention(model, WeightStream(attention), sequence),
-            StreamedMLP(WeightStream(mlp)),
+            StreamedAttention(model, WeightStream(attention), sequence, kernels),
+            StreamedMLP(WeightStream(mlp), kernels.swiglu),
             small(),
             tokens,
+            kernels.norm,
             model.norm_epsilon,
             config.trainer.recompute_granularity,
         )
     keep = config.trainer.recompute_granularity == "none"
-    streamed_head = StreamedHead(WeightStream(head), small(), tokens, first_row, model.norm_epsilon, keep)
+    streamed_head = StreamedHead(
+        WeightStream(head), small(), tokens, first_row, kernels, model.norm_epsilon, keep
+    )
     if axes.tp.size > 1:
         lookup = partial(embed_vocabulary_parallel, tokens=tokens, first_row=first_row, dtype=dtype)
     else:

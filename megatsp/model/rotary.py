@@ -35,22 +35,17 @@ def rotary_table(model: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor], out: Tensor | None = None) -> Tensor:
-    """Rotates the pairs (i, i + d/2) of x [.., T, d] by the table's angles; computed in fp32.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, out: Tensor | None = None) -> Tensor:
+    """Rotates the pairs (i, i + d/2) of x [.., T, d] by a `rotary_table`'s angles; computed in fp32.
 
-    The backward is the rotation by the negative angles: see `inverse`. out: another tensor to write into.
+    inverse: by the negative angles, which is the backward. out: another tensor to write into.
     """
-    cos, sin = table
     out = torch.empty_like(x) if out is None else out
     first, second = x.float().chunk(2, dim=-1)
-    for target, a, b, sign in zip(out.chunk(2, -1), (first, second), (second, first), (-1, 1), strict=True):
+    signs = (1, -1) if inverse else (-1, 1)
+    for target, a, b, sign in zip(out.chunk(2, -1), (first, second), (second, first), signs, strict=True):
         if target.dtype == torch.float32:
             torch.mul(a, cos, out=target).addcmul_(b, sin, value=sign)
         else:
             target.copy_((a * cos).addcmul_(b, sin, value=sign))
     return out
-
-
-def inverse(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The table that rotates back."""
-    return table[0], -table[1]

@@ -18,6 +18,7 @@ from megatsp.axes import Axes, choose_device, join
 from megatsp.compose import to_yaml
 from megatsp.data.dataset import GPTDataset, Sampler, load_batch, rank_slices
 from megatsp.data.tokenizer import Tokenizer, load_tokenizer
+from megatsp.kernels import resolve
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import build_model, reshard
 from megatsp.schema import Config
@@ -207,7 +208,11 @@ class Training:
         parameters = sum(p.numel() for p in self.gpt.parameters())
         mesh = " x ".join(f"{name} {size}" for name, size in shape.items())
         begun = f"resumed after iteration {start}" if start else "new run"
-        return f"{self.folder}: {begun}; {parameters:,} parameters on {mesh} ({self.axes.device.type})"
+        device = self.axes.device
+        kernels = ", ".join(f"{k} {v}" for k, v in resolve(self.config.kernels, device).items())
+        return (
+            f"{self.folder}: {begun}; {parameters:,} parameters on {mesh} ({device.type})\nkernels: {kernels}"
+        )
 
     def _blame(
         self,

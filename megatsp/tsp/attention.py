@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from megatsp.cp.sequence import SequenceAttention
-from megatsp.model.rotary import inverse, rotate
 from megatsp.schema import ModelConfig
 from megatsp.tsp.buckets import Bucket, Columns
 from megatsp.tsp.linear import Total, products, project
-from megatsp.tsp.norm import rms_norm, rms_norm_backward
+from megatsp.tsp.operations import Kernels
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
 
@@ -67,8 +66,11 @@ class SavedBucket:
 class StreamedAttention:
     """One layer's attention; `stream` brings its weights, `sequence` exchanges keys and values."""
 
-    def __init__(self, model: ModelConfig, stream: WeightStream, sequence: SequenceAttention) -> None:
-        self._stream, self._sequence = stream, sequence
+    def __init__(
+        self, model: ModelConfig, stream: WeightStream, sequence: SequenceAttention, kernels: Kernels
+    ) -> None:
+        self._stream, self._sequence, self._norm = stream, sequence, kernels.norm
+        self._rotate = kernels.rotary.rotate
         self._head_width, self._epsilon = model.kv_channels, model.norm_epsilon
 
     def prefetch(self, weights: Sequence[Tensor]) -> None:
@@ -151,8 +153,11 @@ class StreamedAttention:
         """[B, T/D, columns] to q [B, H, T/D, d] and k, v [B, K, T/D, d], normalised and rotated."""
         q, k, v = (t.unflatten(-1, (-1, self._head_width)) for t in _columns(projected, bucket))
         if vectors.gains:
-            q, k = (rms_norm(t, g, self._epsilon) for t, g in zip((q, k), vectors.gains, strict=True))
-        return rotate(q.transpose(1, 2), table), rotate(k.transpose(1, 2), table), v.transpose(1, 2)
+            q, k = (
+                self._norm.rms_norm(t, g, self._epsilon) for t, g in zip((q, k), vectors.gains, strict=True)
+            )
+        q, k = (self._rotate(t.transpose(1, 2), *table) for t in (q, k))
+        return q, k, v.transpose(1, 2)
 
     def _heads_backward(
         self,
@@ -168,13 +173,13 @@ class StreamedAttention:
         spans = [t.unflatten(-1, (-1, self._head_width)) for t in _columns(gradient, bucket)]
         dq, dk, dv = dheads
         for target, dhead in zip(spans, (dq, dk), strict=False):
-            rotate(dhead, inverse(table), out=target.transpose(1, 2))
+            self._rotate(dhead, *table, inverse=True, out=target.transpose(1, 2))
         spans[2].copy_(dv.transpose(1, 2))
         if vectors.gains and dvectors.gains:
             inputs = _columns(projected, bucket)
             for i, gain in enumerate(vectors.gains):
                 heads = inputs[i].unflatten(-1, (-1, self._head_width))
-                dhead, dgain = rms_norm_backward(spans[i], heads, gain, self._epsilon)
+                dhead, dgain = self._norm.rms_norm_backward(spans[i], heads, gain, self._epsilon)
                 spans[i].copy_(dhead)
                 dvectors.gains[i].add_(dgain)
         if dvectors.biases:

@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from megatsp.tp.tokens import GroupTokens
 from megatsp.tsp.attention import HeadVectors
-from megatsp.tsp.buckets import Bucket, Columns, Span
-from megatsp.tsp.linear import Total, products
-from megatsp.tsp.norm import rms_norm, rms_norm_backward
+from megatsp.tsp.buckets import Bucket, Columns
+from megatsp.tsp.linear import Total
+from megatsp.tsp.operations import Kernels
 from megatsp.tsp.small import Small
 from megatsp.tsp.stream import WeightStream
 
@@ -26,7 +26,7 @@ class StreamedHead:
     """The masked next-token losses of the local tokens.
 
     tokens: the tp group, of which this rank holds the vocabulary's rows from `first_row`. keep: the
-    backward finds the logits of a single bucket kept.
+    backward finds the logits of a single bucket kept, if the kernel has any.
     """
 
     def __init__(
@@ -35,10 +35,12 @@ class StreamedHead:
         small: Small,
         tokens: GroupTokens,
         first_row: int,
+        kernels: Kernels,
         epsilon: float,
         keep: bool,
     ) -> None:
         self.stream, self.small, self.tokens = stream, small, tokens
+        self.norm, self.loss = kernels.norm, kernels.loss
         self.first_row, self.epsilon, self.keep = first_row, epsilon, keep and stream.steps == 1
 
     def prefetch_forward(self, gain: Tensor, weight: Tensor) -> None:
@@ -83,13 +85,9 @@ class _Head(torch.autograd.Function):
         kept: dict[int, Tensor] = {}
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
-            logits = rows @ columns.pieces[0]
-            if head.keep and grad:
+            logits = head.loss.forward(rows, columns, targets, bucket[0], lse, target_logits)
+            if head.keep and grad and logits is not None:
                 kept[step] = logits
-            logits = logits.float()
-            torch.logaddexp(lse, logits.logsumexp(-1), out=lse)
-            inside, column = _targets_inside(targets, bucket[0])
-            target_logits.add_(logits.gather(1, column[:, None])[:, 0] * inside)
 
         head.stream.walk([weight], use)
         lse, target_logits = head.tokens.combine(lse, target_logits)
@@ -103,25 +101,17 @@ class _Head(torch.autograd.Function):
         x, targets, mask, gain, weight, gains, lse = ctx.saved_tensors
         head, kept, ctx.kept = ctx.head, ctx.kept, None
         rows = _normalised(x, gains, head).flatten(0, 1)
-        scale = head.tokens.gather(dloss * mask, "head/loss").wait().flatten()[:, None]
+        scale = head.tokens.gather(dloss * mask, "head/loss").wait().flatten()
         drows, gradients = Total(head.stream.steps), head.stream.gradients([weight])
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
-            # d loss / d logits = softmax - one_hot(target)
-            logits = (kept.pop(step) if step in kept else rows @ columns.pieces[0]).float()
-            dlogits = logits.sub_(lse[:, None]).exp_()
-            inside, column = _targets_inside(targets, bucket[0])
-            dlogits.scatter_add_(1, column[:, None], -inside.float()[:, None])
-            dlogits = dlogits.mul_(scale).to(x.dtype)
-            dcolumns = gradients.buffer(step)
-            products(dcolumns.pieces, rows.t(), dlogits)
-            gradients.send(step, dcolumns)
-            drows.add(dlogits, columns.pieces[0].t())
+            logits = kept.pop(step, None)
+            head.loss.backward(rows, columns, targets, bucket[0], lse, scale, logits, drows, gradients, step)
 
         head.stream.walk([weight], use, ctx.preceding)
         partial = drows.value((x.shape[0], -1, x.shape[2]))
         dnormed = head.tokens.reduce_scatter(partial, "head/backward").wait()
-        dx, dgain = rms_norm_backward(dnormed, x, gains[0], head.epsilon)
+        dx, dgain = head.norm.rms_norm_backward(dnormed, x, gains[0], head.epsilon)
         small = head.small.reduce([dgain], HeadVectors())
         (dweight,) = gradients.finish()
         (dgain,), _ = small()
@@ -130,10 +120,4 @@ class _Head(torch.autograd.Function):
 
 def _normalised(x: Tensor, gains: Tensor, head: StreamedHead) -> Tensor:
     """norm(x) of all tokens of the group: [B, T/D tp, h]."""
-    return head.tokens.gather(rms_norm(x, gains[0], head.epsilon), "head/tokens").wait()
-
-
-def _targets_inside(targets: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-    """Which targets fall into the span's rows, and their column there (0 for the others)."""
-    inside = (targets >= span.start) & (targets < span.stop)
-    return inside, torch.where(inside, targets - span.start, 0)
+    return head.tokens.gather(head.norm.rms_norm(x, gains[0], head.epsilon), "head/tokens").wait()

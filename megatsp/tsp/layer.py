@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from megatsp.tp.tokens import GroupTokens
 from megatsp.tsp.attention import HeadVectors, RotaryTable, SavedBucket, StreamedAttention
 from megatsp.tsp.mlp import StreamedMLP
-from megatsp.tsp.norm import rms_norm, rms_norm_backward
+from megatsp.tsp.operations import Norm
 from megatsp.tsp.small import Small
 
 
@@ -54,11 +54,12 @@ class StreamedLayer:
         mlp: StreamedMLP,
         small: Small,
         tokens: GroupTokens,
+        norm: Norm,
         epsilon: float,
         recompute: str,
     ) -> None:
         self.attention, self.mlp, self.small, self.tokens = attention, mlp, small, tokens
-        self.epsilon, self.recompute = epsilon, recompute
+        self.norm, self.epsilon, self.recompute = norm, epsilon, recompute
 
     def prefetch_forward(self, tensors: LayerTensors) -> None:
         self.small.prefetch(tensors.gains)
@@ -109,13 +110,13 @@ class _Layer(torch.autograd.Function):
     ) -> Tensor:
         gains = layer.small.gains(tensors.gains)
         keep = grad and layer.recompute == "none"
-        middle, attention = _attention_forward(
+        middle, normed, attention = _attention_forward(
             layer, x, gains, tensors, table, keep, partial(layer.mlp.prefetch, tensors.mlp)
         )
         full = layer.recompute == "full"
         if full or not grad:
             attention.clear()
-        normed = layer.tokens.gather(rms_norm(middle, gains[1], layer.epsilon), "mlp/tokens").wait()
+        normed = layer.tokens.gather(normed, "mlp/tokens").wait()
         y, mlp = layer.mlp.forward(normed, tensors.mlp, keep, following)
         y = layer.tokens.reduce_scatter(y, "mlp/tokens").wait()
         if grad:
@@ -137,25 +138,27 @@ class _Layer(torch.autograd.Function):
         prefetch_mlp = partial(layer.mlp.prefetch, tensors.mlp)
 
         middle, attention, kept.mlp_input = kept.mlp_input, kept.attention, None
+        norm, epsilon = layer.norm, layer.epsilon
         if middle is None:
-            middle, attention = _attention_forward(layer, x, kept.gains, tensors, table, True, prefetch_mlp)
-        normed = rms_norm(middle, kept.gains[1], layer.epsilon)
+            middle, normed, attention = _attention_forward(
+                layer, x, kept.gains, tensors, table, True, prefetch_mlp
+            )
+        else:
+            normed = norm.rms_norm(middle, kept.gains[1], epsilon)
         normed, dy = _gathered(layer.tokens, normed, dout, "mlp/tokens")
         dnormed, mlp_gradients = layer.mlp.backward(dy, normed, tensors.mlp, kept.mlp, prefetch_attention)
         dnormed = layer.tokens.reduce_scatter(dnormed, "mlp/tokens").wait()
-        dmiddle, dgain_mlp = rms_norm_backward(dnormed, middle, kept.gains[1], layer.epsilon)
+        dmiddle, dgain_mlp = norm.rms_norm_backward(dnormed, middle, kept.gains[1], epsilon, dout)
         del middle, normed, dy, dnormed
-        dmiddle += dout
 
-        normed = rms_norm(x, kept.gains[0], layer.epsilon)
+        normed = norm.rms_norm(x, kept.gains[0], epsilon)
         normed, dy = _gathered(layer.tokens, normed, dmiddle.to(x.dtype), "attention/tokens")
         dnormed, attention_gradients, dvectors = layer.attention.backward(
             dy, normed, tensors.attention, tensors.vectors, table, attention, preceding
         )
         dnormed = layer.tokens.reduce_scatter(dnormed, "attention/tokens").wait()
         del normed, dy
-        dx, dgain_attention = rms_norm_backward(dnormed, x, kept.gains[0], layer.epsilon)
-        dx += dmiddle
+        dx, dgain_attention = norm.rms_norm_backward(dnormed, x, kept.gains[0], epsilon, dmiddle)
 
         small = layer.small.reduce([dgain_attention, dgain_mlp], dvectors)
         gradients = [*attention_gradients.finish(), *mlp_gradients.finish()]
@@ -175,14 +178,16 @@ def _attention_forward(
     table: RotaryTable,
     keep_projected: bool,
     following: Callable[[], None],
-) -> tuple[Tensor, dict[int, SavedBucket]]:
-    """x + attention(norm(x)) in x's dtype, and what attention's backward needs."""
-    normed = layer.tokens.gather(rms_norm(x, gains[0], layer.epsilon), "attention/tokens").wait()
+) -> tuple[Tensor, Tensor, dict[int, SavedBucket]]:
+    """x + attention(norm(x)) in x's dtype, the norm of that, and what attention's backward needs."""
+    normed = layer.norm.rms_norm(x, gains[0], layer.epsilon)
+    normed = layer.tokens.gather(normed, "attention/tokens").wait()
     y, saved = layer.attention.forward(
         normed, tensors.attention, tensors.vectors, table, keep_projected, following
     )
     y = layer.tokens.reduce_scatter(y, "attention/tokens").wait()
-    return y.add_(x).to(x.dtype), saved
+    del normed
+    return *layer.norm.add_rms_norm(x, y, gains[1], layer.epsilon, inplace=True), saved
 
 
 def _gathered(tokens: GroupTokens, x: Tensor, dy: Tensor, label: str) -> tuple[Tensor, Tensor]:

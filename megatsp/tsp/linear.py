@@ -4,7 +4,7 @@ What sums over several buckets is summed in fp32; a single bucket's product is i
 as in plain torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class Total:
             self._sum.addmm_(a, b)
         else:
             self._sum += a @ b
+
+    def add_by(self, add: Callable[[Tensor | None], Tensor]) -> None:
+        """Adds what a kernel adds itself: `add` is given the fp32 sum so far, or None, and returns it."""
+        self._sum = add(self._sum)
 
     def add_transposed(self, a: Tensor, columns: Sequence[Tensor]) -> None:
         """Adds a [n, sum of m] times the columns [h, m_i] side by side, transposed: [n, h]."""

@@ -5,12 +5,11 @@ Source: Shazeer, GLU variants, arXiv:2002.05202 (SwiGLU).
 
 from collections.abc import Callable, Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatsp.tsp.buckets import Bucket, Columns
 from megatsp.tsp.linear import Total, products, project
+from megatsp.tsp.operations import SwiGLU
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
 
@@ -18,8 +17,8 @@ from megatsp.tsp.transport import Gradients
 class StreamedMLP:
     """One layer's MLP; `stream` brings its weights. Columns of a bucket: gate, up, down."""
 
-    def __init__(self, stream: WeightStream) -> None:
-        self._stream = stream
+    def __init__(self, stream: WeightStream, kernel: SwiGLU) -> None:
+        self._stream, self._kernel = stream, kernel
 
     def prefetch(self, weights: Sequence[Tensor]) -> None:
         self._stream.prefetch(weights)
@@ -36,8 +35,7 @@ class StreamedMLP:
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
             gate_up = project(rows, columns.first(2))
-            gate, up = gate_up.chunk(2, -1)
-            y.add(F.silu(gate).mul_(up), columns.pieces[2].t())
+            y.add(self._kernel.swiglu(gate_up), columns.pieces[2].t())
             if keep:
                 saved[step] = gate_up
 
@@ -62,7 +60,10 @@ class StreamedMLP:
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
             gate_up = saved.pop(step) if step in saved else project(rows, columns.first(2))
-            dgate_up, activation = _swiglu_backward(drows @ columns.pieces[2], gate_up)
+            dgate_up, activation = self._kernel.swiglu_backward(
+                drows @ columns.pieces[2], gate_up, inplace=True
+            )
+            del gate_up
             dcolumns = gradients.buffer(step)
             products(dcolumns.first(2), rows.t(), dgate_up)
             products(dcolumns.pieces[2:], drows.t(), activation)
@@ -71,14 +72,3 @@ class StreamedMLP:
 
         self._stream.walk(weights, use, following)
         return dx.value(x.shape), gradients
-
-
-def _swiglu_backward(dactivation: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of (gate, up), and the activation silu(gate) * up again; overwrites `dactivation`."""
-    gate, up = gate_up.chunk(2, -1)
-    dgate_up = torch.empty_like(gate_up)
-    dgate, dup = dgate_up.chunk(2, -1)
-    activation = F.silu(gate)
-    torch.mul(dactivation, activation, out=dup)
-    torch.ops.aten.silu_backward.grad_input(dactivation.mul_(up), gate, grad_input=dgate)
-    return dgate_up, activation.mul_(up)

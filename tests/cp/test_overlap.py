@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from megatsp_kernels.attention import sdpa
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatsp.comm import Comm, Pending
-from megatsp.cp import allgather, blockwise, hierarchical, ulysses
+from megatsp.cp import blockwise
 from megatsp.cp.sequence import sequence_attention
 
 
@@ -72,11 +73,9 @@ def log(monkeypatch) -> Log:
 
         return call
 
-    for module in (blockwise, ulysses):
-        for kernel in ("attention_forward", "attention_backward"):
-            monkeypatch.setattr(module, kernel, logged(getattr(module, kernel)))
-    for module in (allgather, hierarchical):
-        monkeypatch.setattr(module, "to_global", lambda shards, f=module.to_global: log.hold(f(shards)))
+    for kernel in ("attention_forward", "attention_backward"):
+        monkeypatch.setattr(sdpa, kernel, logged(getattr(sdpa, kernel)))
+    monkeypatch.setattr(blockwise, "to_global", lambda shards, f=blockwise.to_global: log.hold(f(shards)))
     return log
 
 
@@ -85,7 +84,7 @@ def forward_and_backward(exchange: str, outer: int, inner: int, log: Log) -> tup
     place = [min(1, size - 1) for size in (outer, inner)]
     sequence = Imagined(outer * inner, place[0] * inner + place[1], log)
     comms = sequence, Imagined(outer, place[0], log), Imagined(inner, place[1], log)
-    attention = sequence_attention(exchange, *comms, 1.0)
+    attention = sequence_attention(exchange, *comms, 1.0, sdpa)
     q, k, v, dout = torch.randn(4, 1, 6, 4, 8, generator=torch.Generator().manual_seed(0))
     out, lse = attention.forward(q, k, v)
     forward, log.lines = log.lines, []

@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
+from megatsp_kernels.attention import sdpa
 from megatsp_kernels.attention.reference import attention
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from megatsp.comm import Comm, Traffic
+from megatsp.cp.blockwise import visits_of
 from megatsp.cp.sequence import SequenceAttention, sequence_attention
 from megatsp.tsp.partition import take_local
 
@@ -74,7 +76,7 @@ def rank_attention(size: int, dtype: torch.dtype) -> dict[Job, tuple[Results, di
         # As tsp/attention.py has them: [B, T/S, heads, d] in memory.
         q, k, v, dout = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in local)
         sequence.traffic.bytes.clear()
-        results = run(sequence_attention(exchange, sequence, outer, inner, SCALE), q, k, v, dout)
+        results = run(sequence_attention(exchange, sequence, outer, inner, SCALE, sdpa), q, k, v, dout)
         expected_dtype = dtype if size == 1 else torch.float32
         assert {results[key].dtype for key in ("dq", "dk", "dv")} == {expected_dtype}
         found[exchange, mesh, heads] = results, dict(sequence.traffic.bytes)
@@ -107,7 +109,7 @@ def test_bf16_error_is_at_most_twice_the_undivided_one(size):
 
 
 def alone() -> SequenceAttention:
-    return sequence_attention("allgather", Comm(None), Comm(None), Comm(None), SCALE)
+    return sequence_attention("allgather", Comm(None), Comm(None), Comm(None), SCALE, sdpa)
 
 
 def moved_bytes(exchange: str, heads: tuple[int, int], size: int, element_size: int) -> dict[str, int]:
@@ -148,7 +150,7 @@ def rank_outer_elements(mesh_sizes: tuple[int, int]) -> dict[str, int]:
     mesh = init_device_mesh("cpu", mesh_sizes)
     outer, inner = (Comm(mesh.get_group(dim), Traffic()) for dim in (0, 1))
     q, k, v, dout = torch.zeros(4, 1, 1, 2 * CHUNK, WIDTH)
-    run(sequence_attention("hierarchical", Comm(dist.group.WORLD), outer, inner, SCALE), q, k, v, dout)
+    run(sequence_attention("hierarchical", Comm(dist.group.WORLD), outer, inner, SCALE, sdpa), q, k, v, dout)
     return dict(outer.traffic.elements)
 
 
@@ -161,12 +163,13 @@ def test_hierarchical_moves_only_one_shard_a_hop_over_the_outer_axis(mesh):
 
 def rank_visited(mesh: tuple[int, int], name: str) -> int:
     """On a rank: score elements visited, its own block's included, one query head."""
-    sequence = sequence_attention(name, *comms(mesh), SCALE)
+    sequence = sequence_attention(name, *comms(mesh), SCALE, sdpa)
     length = 2 * CHUNK
     visited = length * (length + 1) // 2
-    for arrived, visits in sequence._exchange(torch.zeros(2, 1, 1, length, WIDTH), "kv/forward").arrivals():
-        for rows, columns in visits:
-            visited += len(range(length)[rows]) * len(range(arrived.shape[-2])[columns])
+    for arrival in sequence._exchange(torch.zeros(2, 1, 1, length, WIDTH), "kv/forward").arrivals():
+        keys = arrival.kv.shape[0] * length
+        for rows, columns in visits_of(arrival, sequence._comm):
+            visited += len(range(length)[rows]) * len(range(keys)[columns])
     return visited
 
 

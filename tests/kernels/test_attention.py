@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from megatsp_kernels.attention import attention_backward, attention_forward, op
+from megatsp_kernels.attention import sdpa
 from megatsp_kernels.attention.reference import attention
+from megatsp_kernels.attention.sdpa import attention_backward, attention_forward
 from torch import Tensor
 
 SCALE = 0.25
@@ -109,7 +110,7 @@ def test_a_strided_log_sum_exp_reaches_the_kernel_contiguous(monkeypatch):
             seen.append(arguments[5])
             return kernel(*arguments, **options)
 
-    monkeypatch.setattr(op, "_aten", Spy)
+    monkeypatch.setattr(sdpa, "_aten", Spy)
     later = slice(6, None)
     strided = lse.contiguous()[..., later]
     assert not strided.is_contiguous()

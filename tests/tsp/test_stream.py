@@ -11,6 +11,7 @@ from distributed import run_distributed
 from torch import Tensor
 
 from megatsp.comm import Comm, Pending
+from megatsp.tsp import swiglu
 from megatsp.tsp.buckets import Bucket, Columns, even_cuts, h_major, mlp_part, owner_cuts
 from megatsp.tsp.mlp import StreamedMLP
 from megatsp.tsp.owner import Broadcast, Ring
@@ -103,7 +104,7 @@ def test_at_most_two_buckets_are_alive():
 @pytest.mark.parametrize("backward", [False, True])
 def test_those_who_compute_let_go_of_a_bucket_before_another_is_posted(backward):
     transport = FakeTransport()
-    mlp, x = StreamedMLP(WeightStream(transport)), torch.ones(1, 3, H)
+    mlp, x = StreamedMLP(WeightStream(transport), swiglu), torch.ones(1, 3, H)
     if backward:
         mlp.backward(x, x, [], {}, None)[1].finish()
         sent = [entry for entry in transport.log if entry[0] in ("send", "finish")]

@@ -1,0 +1,72 @@
+"""Which kernels are chosen, what is refused; and the model on Triton's equals the dense reference."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from parity import Case, case, check, fp32_bound
+
+from megatsp.compose import compose
+from megatsp.kernels import choose_kernels, resolve
+from megatsp.schema import KernelsConfig
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+KEYS = [item.name for item in fields(KernelsConfig)]
+TRITON = KernelsConfig(**dict.fromkeys(KEYS, "triton"))
+
+
+def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu():
+    assert set(resolve(KernelsConfig(), GPU).values()) == {"triton"}
+    assert set(resolve(KernelsConfig(), CPU).values()) == {"torch"}
+    mixed = KernelsConfig(attention="torch", norm="triton")
+    assert resolve(mixed, GPU)["attention"] == "torch" and resolve(mixed, CPU)["norm"] == "triton"
+
+
+@pytest.mark.parametrize("group", ["auto", "triton", "torch"])
+def test_a_group_sets_every_key_and_one_key_can_differ(group):
+    assert compose([f"kernels={group}"]).kernels == KernelsConfig(**dict.fromkeys(KEYS, group))
+    other = compose([f"kernels={group}", "kernels.attention=aiter"]).kernels
+    assert other == KernelsConfig(**dict.fromkeys(KEYS, group) | {"attention": "aiter"})
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_triton_on_a_cpu_without_its_interpreter_is_refused(monkeypatch, key):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        ValueError, match=rf"kernels.{key}=triton: .*run on a GPU.*or use kernels.{key}=torch"
+    ):
+        choose_kernels(replace(KernelsConfig(), **{key: "triton"}), CPU)
+
+
+@pytest.mark.parametrize("choice", [dict(attention="flash_attn"), dict(attention="aiter"), dict(norm="apex")])
+def test_a_gpu_library_on_a_cpu_is_refused(choice):
+    with pytest.raises(ValueError, match="computes on a GPU alone; or use kernels"):
+        choose_kernels(KernelsConfig(**choice), CPU)
+
+
+def triton(tsp: int = 1, *args: str, **keys: object) -> Case:
+    """Head width 8: what the attention kernel takes, and 24 queries of 48 a rank of two."""
+    sizes = dict(num_layers=1, kv_channels=8, num_attention_heads=4, num_query_groups=2, attention_buckets=2)
+    return replace(case(tsp, *args, **sizes | keys), kernels=TRITON)
+
+
+def test_one_rank():
+    check([triton(1, "none", head_buckets=1), triton(1, "full", qk_layernorm=True)], 1, fp32_bound)
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "ring"])
+def test_two_ranks(exchange):
+    found = [
+        triton(2, "selective", kv_exchange=exchange, qk_layernorm=True, add_qkv_bias=True),
+        triton(2, "none", kv_exchange=exchange, tsp_layout="owner", untie_embeddings_and_output_weights=True),
+    ]
+    check(found, 2, fp32_bound)
+
+
+def test_four_ranks():
+    found = [
+        triton(4, "full", num_query_groups=1, attention_buckets=1),
+        triton(2, "none", cp=2, kv_exchange="hierarchical"),
+        triton(1, "selective", tp=2, cp=2, kv_exchange="ulysses", num_query_groups=4),
+    ]
+    check(found, 4, fp32_bound)
