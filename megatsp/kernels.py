@@ -49,15 +49,17 @@ def resolve(config: KernelsConfig, device: torch.device) -> dict[str, str]:
     return {name: default if choice == "auto" else choice for name, choice in given.items()}
 
 
-def choose_kernels(config: KernelsConfig, device: torch.device) -> Kernels:
+def choose_kernels(config: KernelsConfig, device: torch.device, fake: bool = False) -> Kernels:
     """The operations as `kernels.*` asks for them.
+
+    fake: they will see fake tensors alone, so what can run on `device` does not matter.
 
     Raises:
         ValueError: a choice that cannot run on `device`, or whose library is not installed.
     """
     chosen = resolve(config, device)
     for name, choice in chosen.items():
-        if choice == "torch":
+        if choice == "torch" or fake:
             continue
         try:
             if choice == "triton":

@@ -89,7 +89,7 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
         gpt.to_empty(device=axes.device)
     if fake is None:
         _initialise(gpt, config, axes)
-    _attach_streams(gpt, config, axes)
+    _attach_streams(gpt, config, axes, fake is not None)
     return gpt
 
 
@@ -260,13 +260,13 @@ def share(length: int, rank: int, ranks: int) -> tuple[int, int]:
     return min(length, chunk * rank), min(length, chunk * (rank + 1))
 
 
-def _attach_streams(gpt: GPT, config: Config, axes: Axes) -> None:
+def _attach_streams(gpt: GPT, config: Config, axes: Axes, fake: bool) -> None:
     """Gives embedding, layers and head what computes them on this mesh."""
     model, parallel, dtype = config.model, config.parallel, DTYPES[config.trainer.dtype]
     attention, mlp, head = (
         _transport(p, parallel, axes, dtype) for p in parts(model, parallel, axes.tp.rank)
     )
-    kernels = choose_kernels(config.kernels, axes.device)
+    kernels = choose_kernels(config.kernels, axes.device, fake)
     sequence = sequence_attention(
         parallel.kv_exchange, axes.sequence, axes.cp, axes.tsp, model.kv_channels**-0.5, kernels.attention
     )
