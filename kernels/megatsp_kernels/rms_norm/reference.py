@@ -21,4 +21,4 @@ def rms_norm_backward(dy: Tensor, x: Tensor, gain: Tensor, epsilon: float) -> tu
     dy, x, gain = (t if t.element_size() > 4 else t.float() for t in (dy, x, gain))
     inverse = (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
     projection = (dy * gain * x).mean(-1, keepdim=True) * inverse**3
-    return dy * gain * inverse - x * projection, (dy * x * inverse).flatten(0, -2).sum(0)
+    return dy * gain * inverse - x * projection, (dy * x * inverse).reshape(-1, x.shape[-1]).sum(0)
