@@ -50,7 +50,7 @@ def rotate_kernel(
         i_row = tl.program_id(1) * HEADS + i
         i_batch, i_head = (i_row // heads).to(tl.int64), (i_row % heads).to(tl.int64)
         p_first = p_x + i_batch * x_batch_stride + i_head * x_head_stride + o_x
-        m_row = m & (i_row < rows)
+        m_row = (o_token < tl.where(i_row < rows, tokens, 0)) & (o_pair < PAIRS)
         b_first = tl.load(p_first, m_row, other=0.0).to(tl.float32)
         b_second = tl.load(p_first + PAIRS, m_row, other=0.0).to(tl.float32)
         b_out_first = b_first * b_cos - b_second * b_sin
