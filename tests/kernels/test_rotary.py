@@ -47,13 +47,14 @@ def test_forward_and_gradient_equal_the_reference(shape, dtype, inverse):
     memory.check()
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_views_go_into_views_of_another_dtype(dtype, out_dtype):
-    memory, x = Poisoned(), randn(2, 3, 5, 10, dtype=dtype)
+def test_views_go_into_views_of_another_dtype(dtype, out_dtype, batch):
+    memory, x = Poisoned(), randn(batch, 3, 5, 10, dtype=dtype)
     table = angles(5, 10, memory)
     source = by_tokens(memory, x)
-    columns = memory.empty(2, 5, 5, 10, dtype=out_dtype)
+    columns = memory.empty(batch, 5, 5, 10, dtype=out_dtype)
     out = columns[:, :, 1:-1].transpose(1, 2)
     assert rotate(source, *table, inverse=True, out=out) is out
     torch.testing.assert_close(out, rotate(x.float(), *table, inverse=True).to(out_dtype), rtol=0, atol=0)
