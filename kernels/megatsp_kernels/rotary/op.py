@@ -11,6 +11,7 @@ from torch import Tensor
 from megatsp_kernels.common import check_tensors, choose, launch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LIMIT = 1024  # the widest head: its pairs fit a tile
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, out: Tensor | None = None) -> Tensor:
@@ -47,8 +48,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, out: Tens
 
 
 def _check_shapes(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    from megatsp_kernels.rotary.triton import LIMIT
-
     if x.dim() != 4 or x.shape[-1] % 2 or not 2 <= x.shape[-1] <= LIMIT:
         raise ValueError(f"rotate: x must be [B, H, T, d], d even, from 2 to {LIMIT}; got {tuple(x.shape)}")
     expected = x.shape[2], x.shape[3] // 2

@@ -8,8 +8,6 @@ import triton.language as tl
 from megatsp_kernels.aot import Variant
 from megatsp_kernels.common import Config
 
-LIMIT = 1024  # the widest head: its pairs fit a tile
-
 # Bound by memory. TILE: pairs of one head a program, 8 a lane, so that both halves are loads of 16
 # bytes in bf16 (16 pairs a lane with 4 warps on sm_90). HEADS: that share one reading of the angles,
 # which in fp32 are as many bytes as a head in bf16; the second config trades that for twice the programs.
