@@ -27,9 +27,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _forward(gate_up)
 
 
-def swiglu_backward(dout: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(dout: Tensor, gate_up: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """The gradient of `gate_up`, like it, and `swiglu(gate_up)` again, like dout [.., F].
 
+    inplace: the first overwrites `gate_up`, the second `dout`.
     Raises: as `swiglu`.
     """
     _check(gate_up)
@@ -40,7 +41,11 @@ def swiglu_backward(dout: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
             f"swiglu_backward: dout must be contiguous and {expected} beside gate_up {tuple(gate_up.shape)}; "
             f"got {tuple(dout.shape)} with strides {dout.stride()}"
         )
-    return _backward(dout, gate_up)
+    if inplace:
+        _backward_(dout, gate_up)
+        return gate_up, dout
+    dgate_up, out = _backward(dout, gate_up)
+    return dgate_up, out
 
 
 def _check(gate_up: Tensor) -> None:
@@ -63,11 +68,20 @@ def _forward(gate_up: Tensor) -> Tensor:
 
 @torch.library.custom_op("megatsp::swiglu_backward", mutates_args=())
 def _backward(dout: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    dgate_up, out = torch.empty_like(gate_up), torch.empty_like(dout)
+    _launch_backward(dout, gate_up, dgate_up, out)
+    return dgate_up, out
+
+
+@torch.library.custom_op("megatsp::swiglu_backward_", mutates_args=("dout", "gate_up"))
+def _backward_(dout: Tensor, gate_up: Tensor) -> None:
+    _launch_backward(dout, gate_up, gate_up, dout)
+
+
+def _launch_backward(dout: Tensor, gate_up: Tensor, dgate_up: Tensor, out: Tensor) -> None:
     from megatsp_kernels.swiglu.triton import TABLE, backward_kernel
 
-    dgate_up, out = torch.empty_like(gate_up), torch.empty_like(dout)
     launch(backward_kernel, _grid(out, TABLE), TABLE, dout, gate_up, dgate_up, out, *_size(out))
-    return dgate_up, out
 
 
 def _size(out: Tensor) -> tuple[int, int]:
@@ -90,6 +104,11 @@ def _(gate_up: Tensor) -> Tensor:
 @_backward.register_fake
 def _(dout: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(gate_up), torch.empty_like(dout)
+
+
+@_backward_.register_fake
+def _(dout: Tensor, gate_up: Tensor) -> None:
+    return None
 
 
 def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

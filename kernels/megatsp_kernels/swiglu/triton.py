@@ -39,7 +39,10 @@ def forward_kernel(p_gate_up, p_out, rows, columns, ROWS: tl.constexpr, COLUMNS:
 def backward_kernel(
     p_dout, p_gate_up, p_dgate_up, p_out, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Also writes the forward's result again: the gradient of the down projection needs it."""
+    """Also writes the forward's result again: the gradient of the down projection needs it.
+
+    p_dgate_up may be p_gate_up, and p_out p_dout: a program reads what it writes, and nothing else.
+    """
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     o_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     m = (o_row < rows) & (o_column < columns)
