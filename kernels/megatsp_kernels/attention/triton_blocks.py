@@ -1,9 +1,9 @@
 """What the attention kernels share: who computes which block, and which blocks it meets.
 
 Positions are global; a tensor's tokens are equal chunks, each with the position of its first token. A
-program's own block never spans two chunks. Against one chunk of the other side, what it meets is one
-range of tokens, and within that range another in which nothing is masked: hence two loops, and no
-visit to what is wholly masked.
+program's own block never spans two chunks. What it meets of one chunk of the other side is one range of
+tokens, and within that another in which nothing is masked: nothing else is visited, and a mask is
+computed for the blocks at the range's ends alone.
 """
 
 from collections.abc import Mapping
@@ -39,84 +39,58 @@ def program(pid, groups, items):
 
 
 @triton.jit
-def split(low, high, full_low, full_high, SIZE: tl.constexpr):
-    """Blocks of SIZE that cover the tokens low..high-1, of which full_low..full_high-1 need no mask.
-
-    Returns: how many masked blocks begin at `low`; where the unmasked ones begin and how many they are;
-    how many masked ones follow them.
-    """
-    num_blocks = tl.cdiv(tl.maximum(high - low, 0), SIZE)
-    num_before = tl.minimum(tl.cdiv(tl.maximum(full_low - low, 0), SIZE), num_blocks)
-    begin = low + num_before * SIZE
-    num_full = tl.maximum(tl.minimum(full_high, high) - begin, 0) // SIZE
-    num_after = tl.cdiv(tl.maximum(high - begin - num_full * SIZE, 0), SIZE)
-    return num_before, begin, num_full, num_after
-
-
-@triton.jit
-def masked_block(i, low, num_before, begin, num_full, SIZE: tl.constexpr):
-    """Where the i-th masked block of a `split` begins."""
-    return tl.where(i < num_before, low + i * SIZE, begin + (num_full + i - num_before) * SIZE)
-
-
-@triton.jit
 def keys_of(p_start, k_length, position, count, first_low, first_high, SIZE: tl.constexpr):
-    """The keys of a chunk that `count` queries from `position` on meet, as a `split`.
+    """The keys of a chunk that `count` queries from `position` on meet.
 
-    first_low, first_high: the least and the greatest position of the first tokens that they see.
-    Returns also the first masked key, the one past the last, and the chunk's first position.
+    first_low, first_high: the least and the greatest of the positions from which on these queries see.
+    Returns: the first key that any sees, the one past the last, how many blocks of SIZE that is; the
+    first key that all see and the one past the last; the chunk's position. A negative one is absent.
     """
     start = tl.load(p_start).to(tl.int32)
     low = tl.maximum(first_low - start, 0)
     high = tl.where(start < 0, 0, tl.minimum(k_length, position + count - start))
-    num_before, begin, num_full, num_after = split(
-        low, high, first_high - start, position + 1 - start, SIZE
-    )
-    return low, high, start, num_before, begin, num_full, num_after
+    full_high = tl.minimum(high, position + 1 - start)
+    return low, high, tl.cdiv(tl.maximum(high - low, 0), SIZE), first_high - start, full_high, start
 
 
 @triton.jit
-def sees(o_key, o_last, o_least, DOCUMENTS: tl.constexpr):
-    """[rows, keys]: whether o_least <= o_key <= o_last, of each row."""
-    if DOCUMENTS:  # in one unsigned comparison: AMD keeps each mask of a lane in two scalar registers
-        o_width = tl.maximum(o_last - o_least + 1, 0).to(tl.uint32)
-        m = (o_key[None, :] - o_least[:, None]).to(tl.uint32) < o_width[:, None]
-    else:
-        m = o_key[None, :] <= o_last[:, None]
-    return m
+def between(o, o_low, o_high):
+    """[len(o_low), len(o)]: whether o_low <= o < o_high.
+
+    One unsigned comparison: AMD keeps a mask in two scalar registers for each of a lane's elements.
+    """
+    o_width = tl.maximum(o_high - o_low, 0).to(tl.uint32)
+    return (o[None, :] - o_low[:, None]).to(tl.uint32) < o_width[:, None]
 
 
 @triton.jit
-def count_at_most(p_sorted, length, bound):
-    """How many of `length` non-decreasing numbers are at most `bound`: a binary search."""
-    low = bound * 0
-    high = low + length
-    while low < high:
-        middle = (low + high) // 2
-        is_in = tl.load(p_sorted + middle).to(tl.int32) <= bound
-        low = tl.where(is_in, middle + 1, low)
-        high = tl.where(is_in, high, middle)
-    return low
+def count_at_most(p_sorted, length, o_bound):
+    """For each bound, how many of `length` non-decreasing numbers are at most that: a binary search."""
+    step = length * 0 + 1
+    while step * 2 <= length:
+        step *= 2
+    o_count = o_bound * 0
+    while step > 0:
+        o_next = o_count + step
+        b = tl.load(p_sorted + o_next - 1, o_next <= length, other=0).to(tl.int32)
+        o_count = tl.where((o_next <= length) & (b <= o_bound), o_next, o_count)
+        step = step // 2
+    return o_count
 
 
 @triton.jit
-def clamp(o_row, count):
-    """Rows from `count` on become the last one."""
-    return tl.maximum(tl.minimum(o_row, count - 1), 0)  # the compiler need not be told that count > 0
-
-
-@triton.jit
-def load_rows(p, stride, o_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(p, stride, o_row, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of width D from a scalar pointer to row 0; 0 beyond D.
 
-    The pointer is 64 bits wide; within a block 32 bits are enough (op.py refuses wider strides), which
-    lets AMD's buffer loads take them. Rows past the end are not masked but clamped by the caller, who
-    masks what comes of them: on AMD a mask of loads stays in scalar registers, and those run out.
+    From row `count` on it is row count-1 again, and the caller masks what comes of it: a mask here would
+    stay in AMD's scalar registers, and those run out. The pointer is 64 bits wide; within a block 32 are
+    enough (ring.py refuses wider strides), and AMD's buffer loads take them.
     """
     tl.assume(stride >= 0)
-    tl.assume(stride <= 8388608)
+    tl.assume(stride <= 2097152)
     o_d = tl.arange(0, BLOCK_D)
-    p_row = p + (o_row[:, None] * stride + o_d[None, :])
+    o_start = tl.maximum(tl.minimum(o_row * stride, (count - 1) * stride), 0)  # provably small
+    p_row = p + (o_start[:, None] + o_d[None, :])
     if D < BLOCK_D:
         b = tl.load(p_row, (o_d < D)[None, :], other=0.0)
     else:
@@ -125,12 +99,13 @@ def load_rows(p, stride, o_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def store_rows(p, stride, o_row, m_row, b, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(p, stride, o_row, count, b, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The first `count` rows, of width D."""
     tl.assume(stride >= 0)
-    tl.assume(stride <= 8388608)
+    tl.assume(stride <= 2097152)
     o_d = tl.arange(0, BLOCK_D)
     p_row = p + (o_row[:, None] * stride + o_d[None, :])
-    tl.store(p_row, b.to(p.dtype.element_ty), m_row[:, None] & (o_d < D)[None, :])
+    tl.store(p_row, b.to(p.dtype.element_ty), (o_row < count)[:, None] & (o_d < D)[None, :])
 
 
 def variant(
