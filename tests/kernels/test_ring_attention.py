@@ -161,8 +161,8 @@ def ring(size: int, tokens: int, documents: Sequence[int], dtype: torch.dtype) -
             at = (rank - hop) % size
             one = slice(at, at + 1)
             dq, _, _ = attention_backward_step(
-                dout[:, :, mine], q[:, :, mine], k[one], v[one], lse, delta, starts[rank], starts[at], SCALE, dq,
-                q_first, dk[one], dv[one],
+                dout[:, :, mine], q[:, :, mine], k[one], v[one], lse, delta, starts[rank], starts[at], SCALE,
+                dq, q_first, dk[one], dv[one],
             )  # fmt: skip
         results.append((out, lse, dq))
     out, lse, dq = (torch.cat(parts, 2) for parts in zip(*results, strict=True))
@@ -211,7 +211,7 @@ def test_documents_in_one_step_equal_the_reference():
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_gathered_keys_come_after_ones_own(documents):
-    """Shards as they landed, this rank's own absent (its chunks hold NaN), in strided views; added in place."""
+    """Shards as they landed, this rank's own absent (its chunks hold NaN), strided; added in place."""
     size, rank, tokens, d = 3, 1, 22, 16
     memory = Poisoned()
     q, k, v, dout = inputs(4, 2, tokens, tokens, d, torch.float32, shards=size)
@@ -265,7 +265,7 @@ def test_a_state_is_updated_in_place_and_within_its_tensors():
 
 
 def test_rows_that_see_nothing_are_zero_and_have_no_gradient():
-    """The first queries come before the first key; then a whole step, the only one or the last, shows none."""
+    """The first queries come before the first key; then a whole step shows none, alone, last or first."""
     q, k, v, dout = inputs(2, 1, 20, 18, 16, torch.float32)
     some, none = [(k, v, ints(7))], [(k, v, ints(20))]
     ours = in_steps(q, dout, ints(0), some)
@@ -386,6 +386,10 @@ def refused(message: str, **changes) -> None:
             attention_backward_step(arguments["q"], lse=zeros, delta=zeros, **arguments)
 
 
+KV = torch.zeros(1, 1, 2, 6, 16, device=DEVICE)
+FAR = torch.empty(2**21 + 16, device=DEVICE).as_strided((1, 1, 2, 2, 16), (0, 0, 0, 2**21, 1))
+
+
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
@@ -393,15 +397,15 @@ def refused(message: str, **changes) -> None:
         (r"q is float64; it takes float32, float16, bfloat16", dict(q=torch.zeros(1, 4, 6, 16).double())),
         (r"attention_step takes q \[B, H, Tq, d\].*\(1, 3, 6, 16\)", dict(q=torch.zeros(1, 3, 6, 16))),
         (r"attention_step takes q \[B, H, Tq, d\]", dict(v=torch.zeros(1, 1, 2, 5, 16))),
-        (r"attention_step takes q \[B, H, Tq, d\]", dict(k=torch.zeros(1, 2, 6, 16), v=torch.zeros(1, 2, 6, 16))),
+        (r"attention_step takes q \[B, H, Tq, d\]", dict(k=KV[0], v=KV[0])),
         (r"q_starts is int32; it takes int64", dict(q_starts=torch.zeros(1, dtype=torch.int32))),
         (r"q_starts must be \[n\], n dividing the 6 queries; got \(4,\)", dict(q_starts=torch.arange(4))),
-        (r"k_starts must be \[S\*m\] for S=1 shards, m dividing their 6 tokens", dict(k_starts=torch.arange(5))),
+        (r"k_starts must be \[S\*m\] for S=1 shards, m dividing their 6", dict(k_starts=ints(0, 1, 2, 3))),
         (r"q_first must be \[B, Tq\] \(1, 6\); got \(6,\)", dict(q_first=torch.arange(6))),
         (r"scale must be positive; got 0", dict(scale=0.0)),
         (r"q's last dim must be contiguous.*call", dict(q=torch.zeros(1, 4, 16, 6).mT)),
-        (r"k's rows must lie less than 2097152 elements apart", dict(k=torch.empty(2**21 + 16).as_strided((1, 1, 2, 2, 16), (0, 0, 0, 2**21, 1)), v=torch.zeros(1, 1, 2, 2, 16))),
-        (r"state must be what the step before returned", dict(state=AttentionState(*(torch.zeros(1, 4, 5),) * 3))),
+        (r"k's rows must lie less than 2097152 elements apart", dict(k=FAR, v=FAR)),
+        (r"state must be what the step before returned", dict(state=AttentionState(*[KV[0]] * 3))),
     ],
 )  # fmt: skip
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the tensors of the table are on the CPU")

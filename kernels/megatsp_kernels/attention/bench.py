@@ -30,7 +30,7 @@ def benchmarks(smoke: bool = False) -> Iterator[Benchmark]:
         # Scores and output. Read: q, k, v; written: out and the log-sum-exp.
         forward = partial(_forward, shape, dtype)
         yield Benchmark("attention/forward", shape, dtype, 4 * d * pairs, 4 * one + rows, forward)
-        # Scores again, and the gradients of weights, q, k and v. Read: q, k, v, out, dout and the log-sum-exp;
+        # Scores again, and the gradients of weights, q, k and v. Read: q, k, v, out, dout, log-sum-exp;
         # written: three gradients in fp32.
         fp32 = 4 * heads * tokens * d
         backward = partial(_backward, shape, dtype)

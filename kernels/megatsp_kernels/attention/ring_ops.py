@@ -40,8 +40,8 @@ def step(
 
     tiles = table(TABLES, q.shape[-1], q.itemsize)
     launch(
-        forward_kernel, _grid(q, q_starts, tiles), tiles, q, k, v, q_starts, k_starts, q_first, out, lse, total,
-        maximum, sum, *q.stride()[:-1], *k.stride()[:-1], *v.stride()[:-1], _first_stride(q_first),
+        forward_kernel, _grid(q, q_starts, tiles), tiles, q, k, v, q_starts, k_starts, q_first, out, lse,
+        total, maximum, sum, *q.stride()[:-1], *k.stride()[:-1], *v.stride()[:-1], _first_stride(q_first),
         *_sizes(q, k, q_starts, k_starts), scale,
         **sizes(q.shape[-1]), DOCUMENTS=q_first is not None, FIRST=first, LAST=out is not None,
     )  # fmt: skip

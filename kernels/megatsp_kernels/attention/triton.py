@@ -35,7 +35,8 @@ _AMD_512 = [
     Config(dict(QUERIES=64, KEYS=32), num_warps=4, num_stages=1, amd=_CDNA),
     Config(dict(QUERIES=128, KEYS=32), num_warps=8, num_stages=1, amd=_CDNA),  # K/V are read half as often
 ]
-# By the bytes of a padded row. sm_90: 64 queries for each warpgroup of 4 warps, as wgmma wants; 128 keys spill.
+# By the bytes of a padded row. sm_90: 64 queries for each warpgroup of 4 warps, as wgmma wants; 128 keys
+# would spill.
 TABLES: dict[int, Table] = {
     128: {
         "gfx942": _AMD_128,
@@ -112,8 +113,8 @@ def forward_kernel(
                 i_first = low + i * KEYS
                 is_full = (i_first >= full_low) & (i_first + KEYS <= full_high)
                 b_total, b_max, b_sum = _attend(
-                    b_total, b_max, b_sum, b_q, p_k_block, p_v_block, k_t, v_t, i_first, high - i_first, is_full,
-                    o_low, o_high, scale, KEYS, D, BLOCK_D,
+                    b_total, b_max, b_sum, b_q, p_k_block, p_v_block, k_t, v_t, i_first, high - i_first,
+                    is_full, o_low, o_high, scale, KEYS, D, BLOCK_D,
                 )  # fmt: skip
                 p_k_block += tl.cast(k_t, tl.int64) * KEYS
                 p_v_block += tl.cast(v_t, tl.int64) * KEYS
@@ -161,7 +162,7 @@ def _attend(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every kernel of attention with every config of a chip and each width, as ring.py launches it in bf16."""
+    """Every kernel of attention with every config of a chip, as ring_ops.py launches it in bf16."""
     pointers = dict(p_q="*bf16", p_k="*bf16", p_v="*bf16", p_q_starts="*i64", p_k_starts="*i64")
     state = dict(p_total="*fp32", p_max="*fp32", p_sum="*fp32")
     results = dict(p_out="*bf16", p_lse="*fp32")

@@ -47,7 +47,6 @@ _AMD_KEYS_512 = [
 _AMD_QUERIES_128 = [Config(dict(QUERIES=128, KEYS=32), num_warps=4, num_stages=1, amd=_CDNA)]
 _AMD_QUERIES_256 = [
     Config(dict(QUERIES=128, KEYS=32), num_warps=4, num_stages=1, amd=_CDNA_32),
-    Config(dict(QUERIES=128, KEYS=64), num_warps=8, num_stages=1, amd=_CDNA),  # fewer, longer steps
 ]
 _AMD_QUERIES_512 = [
     Config(dict(QUERIES=64, KEYS=16), num_warps=4, num_stages=1, amd=_CDNA),
@@ -179,8 +178,8 @@ def queries_kernel(
                 i_first = low + i * KEYS
                 is_full = (i_first >= full_low) & (i_first + KEYS <= full_high)
                 b_dq = _add_dq(
-                    b_dq, b_q, b_dout, b_lse, b_delta, p_k_block, p_v_block, k_t, v_t, i_first, high - i_first,
-                    is_full, o_low, o_high, scale, KEYS, D, BLOCK_D,
+                    b_dq, b_q, b_dout, b_lse, b_delta, p_k_block, p_v_block, k_t, v_t, i_first,
+                    high - i_first, is_full, o_low, o_high, scale, KEYS, D, BLOCK_D,
                 )  # fmt: skip
                 p_k_block += tl.cast(k_t, tl.int64) * KEYS
                 p_v_block += tl.cast(v_t, tl.int64) * KEYS
@@ -262,8 +261,8 @@ def keys_kernel(
                 i_first = low + i * QUERIES
                 is_full = (i_first >= full_low) & (i_first + QUERIES <= full_high)
                 b_dk, b_dv = _add_dkv(
-                    b_dk, b_dv, b_k, b_v, p_dout_chunk, p_q_chunk, p_lse + i_flat, p_delta + i_flat, dout_t, q_t,
-                    i_first, high - i_first, is_full, o_low, o_high, scale, QUERIES, D, BLOCK_D,
+                    b_dk, b_dv, b_k, b_v, p_dout_chunk, p_q_chunk, p_lse + i_flat, p_delta + i_flat, dout_t,
+                    q_t, i_first, high - i_first, is_full, o_low, o_high, scale, QUERIES, D, BLOCK_D,
                 )  # fmt: skip
 
     if num_met > 0 or not ADD:
@@ -305,7 +304,7 @@ def _add_dkv(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every kernel of this file with every config of a chip and each width, as ring.py launches it in bf16."""
+    """Every kernel of this file with every config of a chip, as ring_ops.py launches it in bf16."""
     inputs = dict(p_dout="*bf16", p_q="*bf16", p_k="*bf16", p_v="*bf16", p_lse="*fp32", p_delta="*fp32")
     inputs |= dict(p_q_starts="*i64", p_k_starts="*i64", p_q_first="*i64")
     for width in WIDTHS:
