@@ -30,7 +30,7 @@ MODEL = ModelConfig(
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration under test; `micro_batches` > 1 accumulates gradients."""
+    """One configuration under test; `micro_batches` > 1 accumulates gradients. length: in tokens."""
 
     model: ModelConfig = MODEL
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -38,6 +38,12 @@ class Case:
     dtype: str = "fp32"
     micro_batches: int = 1
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    samples: int = BATCH  # of a micro-batch
+    length: int = LENGTH
+
+    @property
+    def total_samples(self) -> int:
+        return self.samples * self.parallel.dp_shard * self.parallel.dp_replicate * self.micro_batches
 
     def config(self) -> Config:
         trainer = TrainerConfig(recompute_granularity=self.recompute, dtype=self.dtype)
@@ -56,11 +62,11 @@ def case(
     )
 
 
-def batch(samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch(samples: int, length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
     """ids, labels, mask [samples, T]; about a fifth of the tokens carry no loss."""
     generator = torch.Generator().manual_seed(samples)
-    ids, labels = torch.randint(0, MODEL.vocab_size, (2, samples, LENGTH), generator=generator)
-    return ids, labels, (torch.rand(samples, LENGTH, generator=generator) < 0.8).float()
+    ids, labels = torch.randint(0, MODEL.vocab_size, (2, samples, length), generator=generator)
+    return ids, labels, (torch.rand(samples, length, generator=generator) < 0.8).float()
 
 
 @cache
@@ -75,12 +81,14 @@ def weights(model: ModelConfig) -> dict[str, Tensor]:
 
 
 @cache
-def dense_result(model: ModelConfig, samples: int, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+def dense_result(
+    model: ModelConfig, samples: int, dtype: torch.dtype, length: int = LENGTH
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the dense reference computed in `dtype`."""
     dense = DenseGPT(model)
     dense.load_state_dict(weights(model))
     dense.to(dtype)
-    loss = dense.loss(*batch(samples))
+    loss = dense.loss(*batch(samples, length))
     loss.backward()
     return loss.item(), {k: p.grad.float() for k, p in dense.named_parameters() if p.grad is not None}
 
@@ -107,20 +115,18 @@ def shard_of(whole: Tensor, like: DTensor) -> Tensor:
     return whole
 
 
-def rank_result(
-    config: Config, state: dict[str, Tensor], micro_batches: int
-) -> tuple[float, dict[str, Tensor]]:
+def rank_result(case_: Case, state: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
     """On a rank: the global loss and the gathered gradients."""
+    config = case_.config()
     axes = Axes.build(config.parallel, torch.device("cpu"))
     gpt = build_model(config, axes)
     load(gpt, state)
-    samples = BATCH * axes.dp_size * micro_batches
-    tokens = batch(samples)
+    tokens = batch(case_.total_samples, case_.length)
     count = tokens[2].sum()
     loss = torch.zeros(())
-    for i in range(micro_batches):
-        start = (i * axes.dp_size + axes.dp_rank) * BATCH
-        local = [axes.take_local(t[start : start + BATCH]) for t in tokens]
+    for i in range(case_.micro_batches):
+        start = (i * axes.dp_size + axes.dp_rank) * case_.samples
+        local = [axes.take_local(t[start : start + case_.samples]) for t in tokens]
         part = gpt(*local).sum() / count
         part.backward()
         loss += part.detach()
@@ -136,7 +142,7 @@ def rank_errors(jobs: Sequence[tuple[Case, dict, float, dict]]) -> list[dict[str
     """On a rank: each case's relative error of loss and gradients, by parameter name."""
     errors = []
     for case_, state, loss, gradients in jobs:
-        actual_loss, actual = rank_result(case_.config(), state, case_.micro_batches)
+        actual_loss, actual = rank_result(case_, state)
         assert actual.keys() == gradients.keys()
         found = {name: relative_error(actual[name], gradients[name]) for name in gradients}
         errors.append({"loss": abs(actual_loss - loss) / abs(loss), **found})
@@ -144,16 +150,15 @@ def rank_errors(jobs: Sequence[tuple[Case, dict, float, dict]]) -> list[dict[str
 
 
 def job(case_: Case) -> tuple[Case, dict, float, dict]:
-    dp = case_.parallel.dp_shard * case_.parallel.dp_replicate
-    samples = BATCH * dp * case_.micro_batches
-    return case_, weights(case_.model), *dense_result(case_.model, samples, torch.float32)
+    exact = dense_result(case_.model, case_.total_samples, torch.float32, case_.length)
+    return case_, weights(case_.model), *exact
 
 
 def dense_errors(case_: Case) -> dict[str, float]:
     """Relative errors of the dense reference in the case's own dtype, against fp32."""
-    samples = BATCH * case_.parallel.dp_shard * case_.parallel.dp_replicate * case_.micro_batches
-    loss, gradients = dense_result(case_.model, samples, DTYPES[case_.dtype])
-    exact_loss, exact = dense_result(case_.model, samples, torch.float32)
+    samples, length = case_.total_samples, case_.length
+    loss, gradients = dense_result(case_.model, samples, DTYPES[case_.dtype], length)
+    exact_loss, exact = dense_result(case_.model, samples, torch.float32, length)
     errors = {k: relative_error(gradients[k], exact[k]) for k in exact}
     return {"loss": abs(loss - exact_loss) / exact_loss, **errors}
 

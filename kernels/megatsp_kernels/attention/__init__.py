@@ -1,6 +1,5 @@
-"""Flash attention, forward and backward: over one block of keys, or as steps that carry their state."""
+"""Flash attention, forward and backward, as steps that carry their state; libraries' own, one a module."""
 
-from megatsp_kernels.attention.op import attention_backward, attention_forward
 from megatsp_kernels.attention.ring import (
     AttentionState,
     attention,
@@ -12,9 +11,7 @@ from megatsp_kernels.attention.ring import (
 __all__ = [
     "AttentionState",
     "attention",
-    "attention_backward",
     "attention_backward_step",
     "attention_delta",
-    "attention_forward",
     "attention_step",
 ]
