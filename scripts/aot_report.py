@@ -22,6 +22,7 @@ from pathlib import Path
 from megatsp_kernels import registry
 from megatsp_kernels.aot import TARGETS, Compiled, CompileError, Variant, compile_variant, problems
 from megatsp_kernels.chips import CHIPS
+from megatsp_kernels.tune import describe
 
 from megatsp.bench.machine import describe_machine
 from megatsp.bench.table import align
@@ -150,14 +151,9 @@ def _row(job: Job, compiled: Compiled | CompileError) -> Row:
     wrong = problems(compiled, variant)
     constants = ", ".join(f"{name}={value}" for name, value in variant.constants.items())
     label = f"{variant.label} ({constants})" if constants else variant.label
-    return Row(job, label, _config(variant), compiled if isinstance(compiled, Compiled) else None, wrong)
-
-
-def _config(variant: Variant) -> str:
-    config = variant.config
-    sizes = " ".join(f"{name} {value}" for name, value in config.blocks.items())
-    amd = [f"{name} {value}" for name, value in config.amd.items()]
-    return ", ".join([sizes, f"{config.num_warps} warps", f"{config.num_stages} stages", *amd])
+    return Row(
+        job, label, describe(variant.config), compiled if isinstance(compiled, Compiled) else None, wrong
+    )
 
 
 def render(rows: Sequence[Row]) -> str:
