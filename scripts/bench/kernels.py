@@ -80,23 +80,30 @@ def main(arguments: list[str]) -> int:
     try:
         for result in run(wanted, device, given.repetitions, given.tune, measured):
             results.append(result)
-            if given.json:  # what is there if a later one hangs
-                given.json.write_text(_to_json(machine, results))
+            _save(given, machine, results)  # what is there if a later one hangs
     except DeviceLostError as error:
         print(
             f"kernels: the GPU cannot be used any more after {error}; the rest was not run", file=sys.stderr
         )
         return 1
-    text = _tuned(results) if given.tune else render(results, machine)
-    print(text)
-    if given.markdown:
-        given.markdown.write_text(page(text, machine))
+    print(_text(given, machine, results))
     if given.plot:
         plot(results, given.plot)
     lost = [result for result in results if {OURS, "inputs"} & {*result.failures}]
     for result in lost:
         print(f"kernels: {result.name}: {result.failures}", file=sys.stderr)
     return 1 if lost else 0
+
+
+def _text(given: Any, machine: dict[str, str], results: Sequence[Result]) -> str:
+    return _tuned(results) if given.tune else render(results, machine)
+
+
+def _save(given: Any, machine: dict[str, str], results: Sequence[Result]) -> None:
+    if given.json:
+        given.json.write_text(_to_json(machine, results))
+    if given.markdown:
+        given.markdown.write_text(page(_text(given, machine, results), machine))
 
 
 def _parse(arguments: list[str]) -> Any:

@@ -1,6 +1,6 @@
 """The memory of one rank of eight, 7B at 128K tokens with tsp=8: as the GPU has it, beside the simulation.
 
-    python scripts/bench/one_rank.py --json memory.json     # on one GPU; peers are not there, see docs/bench.md
+    python scripts/bench/one_rank.py --json memory.json     # on one GPU: its peers are not there
     python scripts/bench/one_rank.py --smoke                # a tiny model on the CPU
 
 The same as `megatsp bench --one-rank`, without Hydra: a machine that lends a GPU may have torch alone.
@@ -8,28 +8,30 @@ The same as `megatsp bench --one-rank`, without Hydra: a machine that lends a GP
 
 import json
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from megatsp.bench.machine import describe_machine
 from megatsp.bench.memory import StepMemory, one_rank_memory, simulated_memory
-from megatsp.bench.results import Report
+from megatsp.bench.results import Report, Row
 from megatsp.bench.table import PARTS, align
 from megatsp.parser import Parser
-from megatsp.schema import Config, LaunchConfig, ModelConfig, ParallelConfig, TrainerConfig
+from megatsp.schema import (
+    Config,
+    LaunchConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RotaryScaling,
+    TrainerConfig,
+)
 from megatsp.validate import validate
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "configs" / "model" / "gpt_7b.yaml"
-SIMULATED = (
-    ROOT / "docs" / "benchmarks" / "results" / "seven_selective.json"
-)  # to simulate again takes a minute
+# Its command: `bash scripts/bench_docs.sh seven`. To simulate again takes a minute, which a GPU would wait.
+STORED = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "results" / "seven_selective.json"
 RANK = 0  # rank 7 is simulated within 0.11 GB of it
 GB = 10**9
 
@@ -46,57 +48,49 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"one_rank: {error}", file=sys.stderr)
         return 2
-    ranks, config = (2, tiny()) if given.smoke else (8, seven())
-    config = validate(config, ranks)
+    ranks = 2 if given.smoke else 8
+    config = validate(tiny() if given.smoke else from_row(seven()), ranks)
     device = torch.device(config.launch.device)
-    report: dict[str, Any] = {
-        "machine": describe_machine(),
-        "ranks": ranks,
-        "seq_length": config.trainer.seq_length,
-    }
-    kinds: dict[str, Callable[[], StepMemory]] = {
+    kinds: dict[str, Callable[[], StepMemory | None]] = {
         "measured": lambda: one_rank_memory(config, ranks, RANK, device),
-        "simulated": lambda: simulated_memory(config, ranks, RANK) if given.smoke else simulated_before(),
+        "simulated": lambda: simulated_memory(config, ranks, RANK) if given.smoke else seven().memory,
     }
+    report: dict[str, Any] = {"ranks": ranks, "seq_length": config.trainer.seq_length}
     found: dict[str, StepMemory] = {}
     for kind, run in kinds.items():
-        began = time.monotonic()
-        found[kind] = run()
-        report[kind] = {**asdict(found[kind]), "seconds": time.monotonic() - began}
+        memory = run()
+        assert memory, "the stored row has no memory"
+        found[kind] = memory
+        report[kind] = asdict(memory)
         if given.json:
             given.json.write_text(json.dumps(report, indent=1))
     print(render(found, ranks, config))
     return 0
 
 
-def seven() -> Config:
-    """The paper's setting, as `scripts/bench_docs.sh seven` has it: selective recompute, one sequence."""
-    model = ModelConfig(**yaml.safe_load(MODEL.read_text()))
-    trainer = replace(
-        TrainerConfig(),
-        dtype="bf16",
-        recompute_granularity="selective",
-        seq_length=131072,
-        micro_batch_size=1,
-        global_batch_size=1,
-    )
-    return Config(
-        model=model, trainer=trainer, parallel=ParallelConfig(tsp=8), launch=LaunchConfig(device="cuda")
-    )
-
-
-def simulated_before() -> StepMemory:
-    """What `scripts/bench_docs.sh seven` found for rank 0 of `seven()`."""
-    report = Report.from_json(SIMULATED.read_text())
+def seven() -> Row:
+    """What `scripts/bench_docs.sh seven` found for rank 0: selective recompute, one sequence."""
+    report = Report.from_json(STORED.read_text())
     point = {"trainer.seq_length": "131072"}
-    return next(
-        row.memory for row in report.rows if row.scheme == "tsp" and row.point == point and row.memory
+    return next(row for row in report.rows if row.scheme == "tsp" and row.point == point)
+
+
+def from_row(row: Row) -> Config:
+    """The row's configuration, as far as a training step reads it."""
+    groups = row.config
+    scaling = RotaryScaling(**groups["model"]["rotary_scaling"])
+    return Config(
+        model=ModelConfig(**{**groups["model"], "rotary_scaling": scaling}),
+        parallel=ParallelConfig(**groups["parallel"]),
+        optimizer=OptimizerConfig(**groups["optimizer"]),
+        trainer=TrainerConfig(**groups["trainer"]),
+        launch=LaunchConfig(**groups["launch"]),
     )
 
 
 def tiny() -> Config:
     """gpt_tiny, which trains anywhere."""
-    trainer = replace(TrainerConfig(), dtype="fp32", seq_length=64, micro_batch_size=1, global_batch_size=1)
+    trainer = TrainerConfig(seq_length=64, micro_batch_size=1, global_batch_size=1)
     return Config(trainer=trainer, parallel=ParallelConfig(tsp=2), launch=LaunchConfig(device="cpu"))
 
 
