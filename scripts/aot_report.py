@@ -42,7 +42,7 @@ acquires + releases at system scope. FLOP/byte: of the innermost loop, products 
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation: which of the variants that an operation lists for a chip. large: tensors of 2 GiB."""
+    """One compilation: which of the variants that an operation lists for a chip. large: 2 GiB and more."""
 
     op: str
     target: str
@@ -99,12 +99,16 @@ def main(arguments: list[str]) -> int:
 
 
 def list_jobs(ops: Sequence[str], targets: Iterable[str]) -> Iterator[Job]:
-    """Every variant of the operations; on AMD's chips for small and for large tensors."""
+    """Every variant of the operations; on AMD's chips those of the config in use for large tensors, too."""
     for target in targets:
         for op in ops or registry.OPS:
-            for index in range(len(_variants(op, target))):
-                for large in (False, True) if CHIPS[target].is_amd else (False,):
-                    yield Job(op, target, index, large)
+            seen = set()
+            for index, variant in enumerate(_variants(op, target)):
+                yield Job(op, target, index, large=False)
+                name = (variant.label, str(variant.constants))
+                if CHIPS[target].is_amd and name not in seen:  # a kernel's first config
+                    yield Job(op, target, index, large=True)
+                seen.add(name)
 
 
 @lru_cache

@@ -14,8 +14,8 @@ class Instructions:
 
     matrix: by name. loads, stores: of device memory; wide: those of 16 bytes a lane.
     system_acquires, system_releases: that order memory with other GPUs and the host.
-    loop_flops, loop_bytes: of one warp, in one turn of the innermost loop with matrix instructions (in all
-    of the kernel where no loop has any): products, and bytes loaded from device memory.
+    loop_flops, loop_bytes: of one warp, in one turn of the innermost loop with matrix instructions and loads
+    (in all of the kernel where no loop has them): products, and bytes loaded from device memory.
     """
 
     matrix: Mapping[str, int]
@@ -158,12 +158,15 @@ def _width(access: re.Match[str]) -> int:
 
 
 def _innermost(lines: list[str], dialect: _Dialect) -> list[str]:
-    """The shortest loop with matrix instructions, else everything. A loop ends in a branch back."""
+    """The shortest loop with matrix instructions and loads, else everything.
+
+    A loop ends in a branch back. So does the way out of one that LLVM moved before it, but without loads.
+    """
     labels = {found[1]: i for i, line in enumerate(lines) if (found := dialect.label.search(line))}
     loops = []
     for end, line in enumerate(lines):
         found = dialect.branch.search(line)
         if found and labels.get(found[1], end) < end:
             loops.append(lines[labels[found[1]] : end])
-    loops = [loop for loop in loops if any(dialect.matrix.search(line) for line in loop)]
-    return min(loops, key=len, default=lines)
+    whole = [loop for loop in loops if any(map(dialect.matrix.search, loop)) and dialect.widths(loop, "load")]
+    return min(whole, key=len, default=lines)

@@ -120,3 +120,21 @@ def test_occupancy(target, num_warps, registers, shared_bytes, groups, limited_b
     found = occupancy(CHIPS[target], num_warps, registers, shared_bytes)
     assert (found.groups, found.limited_by) == (groups, limited_by)
     assert found.warps == groups * num_warps <= found.warps_limit
+
+
+def test_a_way_out_that_was_moved_before_its_loop_is_no_loop():
+    text = """
+.LBB0_5:
+	s_branch .LBB0_9
+.LBB0_6:
+	buffer_load_dwordx4 v[0:3], v8, s[4:7], 0 offen
+	v_mfma_f32_16x16x16_bf16 a[0:3], v[0:1], v[2:3], a[0:3]
+	s_cbranch_execz .LBB0_5
+	v_mfma_f32_16x16x16_bf16 a[0:3], v[0:1], v[2:3], a[0:3]
+	s_branch .LBB0_6
+.LBB0_9:
+"""
+    found = count(
+        text.replace("_5:\n", "_5:\n\tv_mfma_f32_4x4x4_16b_f16 a[0:3], v[0:1], v[2:3], a[0:3]\n"), "gfx942"
+    )
+    assert found.loop_flops == 2 * 2 * 16**3
