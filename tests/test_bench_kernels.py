@@ -1,5 +1,6 @@
 """scripts/bench/kernels.py: predicted and measured tables, pages, plots, and what it refuses."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -39,7 +40,9 @@ def test_a_smoke_run_measures_shows_and_writes(tmp_path):
     assert forward["floors"]["MI300X"]["bound"] == "memory"
     assert report["machine"]["commit"] and report["machine"]["triton"]
     page = files["page.md"].read_text()
-    assert "| swiglu/forward  | torch.compile |" in page and "not compiled for a CPU" in page
+    assert (
+        "| swiglu/forward  | rows 7 columns 40 | torch.compile |" in page and "not compiled for a CPU" in page
+    )
     assert "interpreted: these times mean nothing" in page
     assert files["plot.png"].read_bytes().startswith(b"\x89PNG")
 
@@ -75,4 +78,22 @@ def test_ours_failing_sets_the_exit_code():
     found = kernels("--op", "swiglu", "--smoke", TRITON_INTERPRET="0")
     assert found.returncode == 1
     assert "kernels: swiglu/forward: " in found.stderr and "'megatsp': 'ValueError: " in found.stderr
-    assert "| swiglu/forward  |         torch |" in found.stdout
+    assert "| swiglu/forward  | rows 7 columns 40 |         torch |" in found.stdout
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile's own, when imported
+def test_tuning_ranks_the_configs(monkeypatch, capsys):
+    """Two configs in the interpreter's table: both are measured, and the default is named."""
+    from megatsp_kernels.common import Config
+    from megatsp_kernels.swiglu.triton import TABLE
+
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
+    found = importlib.import_module("kernels")
+    first = TABLE["interpreter"][0]
+    monkeypatch.setitem(TABLE, "interpreter", [first, Config(dict(ROWS=8, COLUMNS=32))])
+    assert found.main(["--op", "swiglu", "--smoke", "--tune"]) == 0
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| swiglu/forward TABLE")]
+    assert len(rows) == 2
+    assert sum("ROWS 4 COLUMNS 16" in row and "default" in row for row in rows) == 1
+    assert [sum(word in row for row in rows) for word in ("fastest", "ROWS 8 COLUMNS 32")] == [1, 1]

@@ -184,7 +184,7 @@ def render(results: Sequence[Result], machine: dict[str, str]) -> str:
         titles += [f"{name} least us", "reachable", "bound"]
     lines = []
     for result in results:
-        shape = " ".join(f"{name} {size:,}" for name, size in result.shape.items())
+        shape = _shape(result)
         counts = [f"{result.flops / 1e9:,.4g}", f"{result.bytes / 1e6:,.4g}", f"{result.intensity:,.3g}"]
         cells = [[_us(f.least_us), _us(f.reachable_us), f.bound] for f in result.floors.values()]
         lines.append([result.name, shape, result.dtype, *counts, *chain(*cells)])
@@ -199,7 +199,7 @@ def render(results: Sequence[Result], machine: dict[str, str]) -> str:
 
 def _measured(results: Sequence[Result], machine: dict[str, str]) -> str:
     here: Machine | None = machine_named(machine.get("gpus", ""))
-    titles = ["kernel", "contestant", "us", "min", "max", "vs megatsp", "TFLOP/s", "TB/s"]
+    titles = ["kernel", "shape", "contestant", "us", "min", "max", "vs megatsp", "TFLOP/s", "TB/s"]
     titles += ["of least", "of reachable", "note"]
     lines = []
     for result in results:
@@ -212,6 +212,7 @@ def _measured(results: Sequence[Result], machine: dict[str, str]) -> str:
             lines.append(
                 [
                     result.name,
+                    _shape(result),
                     name,
                     *(_us(1e3 * ms) for ms in (middle, min(times), max(times))),
                     f"{middle / ours:.2f}" if ours else "",
@@ -220,7 +221,8 @@ def _measured(results: Sequence[Result], machine: dict[str, str]) -> str:
                     "",
                 ]
             )
-        lines += [[result.name, name, *[""] * 8, reason] for name, reason in result.failures.items()]
+        for name, reason in result.failures.items():
+            lines.append([result.name, _shape(result), name, *[""] * 8, reason])
     return align(titles, lines)
 
 
@@ -232,9 +234,14 @@ def _tuned(results: Sequence[Result]) -> str:
         default = next(iter(result.times_ms), "")  # a table's first
         for place, (config, times) in enumerate(ranked):
             note = ", ".join(["fastest"] * (place == 0) + ["default"] * (config == default))
-            lines.append([result.name, config, _us(1e3 * median(times)), note])
-        lines += [[result.name, config, "", reason] for config, reason in result.failures.items()]
-    return align(["kernel", "config", "us", "note"], lines) if lines else "No table here has two configs."
+            lines.append([result.name, _shape(result), config, _us(1e3 * median(times)), note])
+        for config, reason in result.failures.items():
+            lines.append([result.name, _shape(result), config, "", reason])
+    return (
+        align(["kernel", "shape", "config", "us", "note"], lines)
+        if lines
+        else "No table here has two configs."
+    )
 
 
 def page(text: str, machine: dict[str, str]) -> str:
@@ -290,6 +297,10 @@ def _describe() -> dict[str, str]:
     except ImportError:
         version = "none"
     return {**describe_machine(), "triton": version}
+
+
+def _shape(result: Result) -> str:
+    return " ".join(f"{name} {size:,}" for name, size in result.shape.items())
 
 
 def _us(value: float) -> str:
