@@ -1,5 +1,6 @@
 """What is measured of a kernel, and the least that its shapes cost."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ class Benchmark:
     flops: 2 for each multiply-add of its matrix products (none: bound by memory). bytes: what must be
     read and written once, by the shapes alone. dtype: of the main tensors.
     make: given the device, builds the inputs and returns what is timed, by name: "megatsp" is ours, the
-    others are rivals that can be imported there.
+    others are rivals; a text in a rival's place says why it cannot run there (see `when_importable`).
     """
 
     name: str
@@ -22,4 +23,12 @@ class Benchmark:
     dtype: torch.dtype
     flops: int
     bytes: int
-    make: Callable[[torch.device], dict[str, Callable[[], Any]]]
+    make: Callable[[torch.device], Mapping[str, Callable[[], Any] | str]]
+
+
+def when_importable(module: str, build: Callable[[Any], Callable[[], Any]]) -> Callable[[], Any] | str:
+    """What `build` makes of an imported module, to be timed; or why it cannot be imported, to be shown."""
+    try:
+        return build(importlib.import_module(module))
+    except ImportError as error:
+        return f"not importable: {error}"
