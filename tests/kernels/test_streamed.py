@@ -176,7 +176,7 @@ def test_an_older_bucket_is_pulled_before_another_is_published():
 
 
 def never(what: str) -> tuple[Exchange, Tensor | None, str]:
-    """Rank 0 of two does all but what rank 1 would have to answer: the exchange, what must be NaN, the error."""
+    """Rank 0 of two does what rank 1 would have to answer: the exchange, what must be NaN, the error."""
     rows, (zero, one) = 4, exchanges(2, 4, timeout_s=0.02)
     columns = columns_of(0, 1, rows)
     if what == "publish":
@@ -370,7 +370,7 @@ def refusals() -> list[tuple]:
         (lambda: matmul_pull(ok, ok[:3]), r"a \[n, k\] and b \[k, m\].*got \(4, 4\)"),
         (lambda: matmul_pull(ok[::2, ::2], ok[:2]), r"a must have a stride of 1.*use .contiguous\(\)"),
         (lambda: matmul_pull(ok.as_strided((1, 4), (2**21, 1)), ok), "none of 2097152 or more"),
-        (lambda: matmul_pull(ok, ok, replace(job, landing=ok.half()[0])), r"landing must be contiguous \[h, R\]"),
+        (lambda: matmul_pull(ok, ok, replace(job, landing=ok[0])), r"landing must be contiguous \[h, R\]"),
         (lambda: pull(replace(job, landing=ok.new_zeros(4, 99))), "1584 bytes, but the layout's slice_bytes"),
         (lambda: publish(peers, 1, [], torch.float32), "one to 4 column ranges; got 0"),
         (lambda: publish(peers, 1, [ok, ok[:3]], torch.float32), r"as many rows; got \[\(4, 4\), \(3, 4\)\]"),

@@ -58,7 +58,7 @@ def shared(num_bytes: int, group: dist.ProcessGroup | None = None) -> Memory:
 
     files = _gather((os.getpid(), own), ranks, group)
 
-    def open_all() -> list[torch.UntypedStorage]:
+    def open_all() -> list[Any]:
         return [
             torch.UntypedStorage.from_file(f"/proc/{pid}/fd/{fd}", shared=True, nbytes=num_bytes)
             for pid, fd in files
@@ -72,7 +72,7 @@ def shared(num_bytes: int, group: dist.ProcessGroup | None = None) -> Memory:
     return _Memory(rank, [s.data_ptr() for s in storages], tensor, storages)
 
 
-def symmetric(num_bytes: int, device: torch.device, group: dist.ProcessGroup | None = None) -> Memory:
+def symmetric(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> Memory:
     """GPUs of one machine, by torch's symmetric memory.
 
     Raises:
@@ -87,15 +87,13 @@ def symmetric(num_bytes: int, device: torch.device, group: dist.ProcessGroup | N
 
     what = "symmetric memory"
     tensor = _together(make, what, ranks, group)
-    handle = _together(
-        lambda: symmetric_memory.rendezvous(tensor, group or dist.group.WORLD), what, ranks, group
-    )
+    handle = _together(lambda: symmetric_memory.rendezvous(tensor, group), what, ranks, group)
     torch.cuda.synchronize(device)
     dist.barrier(group)  # every buffer is zero
     return _Memory(rank, handle.buffer_ptrs, tensor, [handle])
 
 
-def ipc(num_bytes: int, device: torch.device, group: dist.ProcessGroup | None = None) -> Memory:
+def ipc(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> Memory:
     """GPUs of one machine, by the handles that CUDA and HIP give out for memory between processes.
 
     Raises:
