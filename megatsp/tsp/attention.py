@@ -15,7 +15,7 @@ from megatsp.cp.sequence import SequenceAttention
 from megatsp.model.rotary import inverse, rotate
 from megatsp.schema import ModelConfig
 from megatsp.tsp.buckets import Bucket, Columns
-from megatsp.tsp.linear import Total, products, project
+from megatsp.tsp.linear import Total
 from megatsp.tsp.norm import rms_norm, rms_norm_backward
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
@@ -120,17 +120,17 @@ class StreamedAttention:
             if projected is None:
                 projected = self._project(rows, columns, bucket, vectors)
             projected = projected.view(*x.shape[:2], -1)
-            dout = (drows @ columns.pieces[3]).view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
+            dout = columns.times(drows, 3, 4).view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
             dq, kv_gradients = self._sequence.backward(
                 dout, *self._heads(projected, bucket, vectors, table), kept.out, kept.lse
             )
             dcolumns = gradients.buffer(step)
             # While the gradients of keys and values travel:
-            products(dcolumns.pieces[3:], drows.t(), _rows(kept.out))
+            dcolumns.set(3, 4, drows.t(), _rows(kept.out))
             dheads = (dq, *kv_gradients())
             dprojected = self._heads_backward(dheads, projected, bucket, vectors, dvectors, table)
             dprojected = dprojected.flatten(0, 1)
-            products(dcolumns.first(3), rows.t(), dprojected)
+            dcolumns.set(0, 3, rows.t(), dprojected)
             gradients.send(step, dcolumns)
             dx.add_transposed(dprojected, columns.first(3))
 
@@ -139,7 +139,7 @@ class StreamedAttention:
 
     def _project(self, rows: Tensor, columns: Columns, bucket: Bucket, vectors: HeadVectors) -> Tensor:
         """[B T/D, h] to the bucket's q, k and v columns, side by side."""
-        projected = project(rows, columns.first(3))
+        projected = columns.times(rows, 0, 3)
         if vectors.biases:
             biases = [b[s.start : s.stop] for b, s in zip(vectors.biases, bucket[:3], strict=True)]
             projected += torch.cat(biases).to(projected.dtype)

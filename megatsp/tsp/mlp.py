@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatsp.tsp.buckets import Bucket, Columns
-from megatsp.tsp.linear import Total, products, project
+from megatsp.tsp.linear import Total
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
 
@@ -35,7 +35,7 @@ class StreamedMLP:
         rows, y, saved = x.flatten(0, 1), Total(self._stream.steps), {}
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
-            gate_up = project(rows, columns.first(2))
+            gate_up = columns.times(rows, 0, 2)
             gate, up = gate_up.chunk(2, -1)
             y.add(F.silu(gate).mul_(up), columns.pieces[2].t())
             if keep:
@@ -61,11 +61,11 @@ class StreamedMLP:
         gradients = self._stream.gradients(weights)
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
-            gate_up = saved.pop(step) if step in saved else project(rows, columns.first(2))
-            dgate_up, activation = _swiglu_backward(drows @ columns.pieces[2], gate_up)
+            gate_up = saved.pop(step) if step in saved else columns.times(rows, 0, 2)
+            dgate_up, activation = _swiglu_backward(columns.times(drows, 2, 3), gate_up)
             dcolumns = gradients.buffer(step)
-            products(dcolumns.first(2), rows.t(), dgate_up)
-            products(dcolumns.pieces[2:], drows.t(), activation)
+            dcolumns.set(0, 2, rows.t(), dgate_up)
+            dcolumns.set(2, 3, drows.t(), activation)
             gradients.send(step, dcolumns)
             dx.add_transposed(dgate_up, columns.first(2))
 
