@@ -1,4 +1,4 @@
-"""Weights and gradients that travel inside products: the same losses, gradients and traffic as collectives."""
+"""Weights and gradients that travel inside products: losses, gradients and traffic as with collectives."""
 
 import gc
 from collections import Counter
@@ -103,19 +103,18 @@ def rank_choice(case_: Case, hosts: list[str]) -> str:
     return str(gpt.engine.overlap)
 
 
-END = "; use parallel.overlap=auto or collective"
+FORCED, END = "parallel.overlap=fused: ", "; use parallel.overlap=auto or collective"
 
 
 @pytest.mark.parametrize(
     ("tsp", "dtype", "changes", "hosts", "said"),
     [
         (2, "fp32", dict(tsp_layout="owner", mlp_buckets=2), [],
-         "parallel.overlap=fused: tsp rank 0: parallel.tsp_layout=owner sends buckets by broadcasts and round a ring"
-         + END),
-        (2, "bf16", {}, [], "parallel.overlap=fused: tsp rank 0: Triton's interpreter multiplies bf16 wrongly: "
-         "trainer.dtype=fp32" + END),
+         FORCED + "tsp rank 0: parallel.tsp_layout=owner sends buckets by broadcasts and round a ring" + END),
+        (2, "bf16", {}, [],
+         FORCED + "tsp rank 0: Triton's interpreter multiplies bf16 wrongly: trainer.dtype=fp32" + END),
         (2, "fp32", {}, ["a", "b"],
-         "parallel.overlap=fused: the ranks of the tsp group are on several hosts" + END),
+         FORCED + "the ranks of the tsp group are on several hosts" + END),
         (2, "fp32", dict(overlap="auto"), [], "collective: the ranks compute on CPUs"),
         (2, "fp32", dict(overlap="collective"), [], "collective: parallel.overlap=collective"),
         (1, "fp32", {}, [], "collective: one tsp rank: nothing travels"),
@@ -129,23 +128,20 @@ def test_the_choice_is_said_or_refused(tsp, dtype, changes, hosts, said):
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     for said in run_distributed(rank_choice, 2, case(2, **FUSED), []):
-        assert said.startswith(
-            "parallel.overlap=fused: tsp rank 0: Triton kernels run on a GPU; the tensors are "
-        )
+        assert said.startswith(FORCED + "tsp rank 0: Triton kernels run on a GPU; the tensors are ")
 
 
 def rank_broken_memory(case_: Case) -> str:
+    import megatsp_kernels.streamed as streamed
     import megatsp_kernels.streamed.exchange as module
 
     if dist.get_rank() == 1:  # its slices arrive nowhere
         module.publish = lambda *arguments: None  # type: ignore[assignment]
-    import megatsp_kernels.streamed.probe as probing
-
-    probing.probe.__defaults__ = (None, 0.2)  # type: ignore[attr-defined]
+    streamed.probe.__defaults__ = (None, 0.2)
     return rank_choice(case_, [])
 
 
 def test_memory_that_fails_the_probe_is_refused():
     for said in run_distributed(rank_broken_memory, 2, case(2, **FUSED)):
-        assert said.startswith("parallel.overlap=fused: shared memory: rank ") and said.endswith(END)
+        assert said.startswith(FORCED + "shared memory: rank 1: simulated peers: ") and said.endswith(END)
         assert "'slice of epoch 1': it is at 0" in said

@@ -28,7 +28,8 @@ def probe(
     most = _MOST_BYTES[device.type]
     small = replace(exchange.layout, slice_bytes=most, gradient_bytes=most)
     alone = [Exchange(memory, small, timeout_s) for memory in local(small.num_bytes, ranks, device)]
-    reason = _agree(_rounds(alone, 1, dtype), ranks, group)
+    failure = _rounds(alone, 1, dtype)
+    reason = _agree(failure and f"simulated peers: {failure}", ranks, group)
     if reason is None:
         before = exchange.timeout_s
         exchange.set_timeout(timeout_s)
