@@ -121,8 +121,9 @@ def test_simulated_peers_get_buckets_and_gradients(ranks, rows, dtype):
     memory.check()
 
 
-def test_what_is_not_a_slice_is_not_touched():
-    rows, slack = 7, 640
+@pytest.mark.parametrize("rows", [5, 7])
+def test_what_is_not_a_slice_is_not_touched(rows):
+    slack = 640
     group = exchanges(2, rows, slack=slack)
     layout, used = group[0].layout, 4 * rows * sum(WIDTHS)
     free = [slice(layout.slot(e) + used, layout.slot(e) + used + slack) for e in (0, 1)]
@@ -189,7 +190,10 @@ def never(what: str) -> tuple[Exchange, Tensor | None, str]:
         zero.publish(columns, torch.float32).wait()
         for epoch in (2, 3):
             publish(one.peers, epoch, columns, torch.float32)
-            publish(zero.peers, epoch, columns, torch.float32)
+            publish(zero.peers, epoch, [epoch + c for c in columns], torch.float32)
+        start, used = zero.layout.slot(1), 4 * rows * sum(WIDTHS)
+        kept = zero.memory.local[start : start + used].view(torch.float32)
+        assert torch.equal(kept, torch.cat(columns, 1).flatten())  # rank 1 may still read it
         return zero, None, "rank 1's flag 'epoch 1 copied from here': it is at 0"
     a, b = factors_of(0, 1, 2 * rows, torch.float32)
     outs = outs_of(rows, Poisoned())
@@ -201,9 +205,12 @@ def never(what: str) -> tuple[Exchange, Tensor | None, str]:
         collected.wait()
         return zero, torch.cat(outs, 1), "rank 1's flag 'gradient tile 1 written here': it is at 0"
     for epoch in (1, 2, 3):
-        matmul_scatter(a, b, zero.peers, epoch, (epoch - 2) * 2, 0, b.shape[1])
+        matmul_scatter(epoch * a, b, zero.peers, epoch, (epoch - 2) * 2, 0, b.shape[1])
         matmul_scatter(a, b, one.peers, epoch, -1, 0, b.shape[1])
         reduce(zero.peers, epoch, epoch, outs)
+    start, used = one.layout.staging(1), 4 * rows * sum(WIDTHS)
+    kept = one.memory.local[start : start + used].view(torch.float32)
+    assert_near([kept], [kept], [(a[rows:].double() @ b.double()).flatten()])  # rank 1 may still sum it
     return zero, None, "rank 1's flag 'summing program 2 of what was written there': it is at 0"
 
 
@@ -369,7 +376,7 @@ def refusals() -> list[tuple]:
         (lambda: matmul_pull(ok, ok.half()), r"of one dtype; got \(4, 4\) torch.float32 and .*float16"),
         (lambda: matmul_pull(ok, ok[:3]), r"a \[n, k\] and b \[k, m\].*got \(4, 4\)"),
         (lambda: matmul_pull(ok[::2, ::2], ok[:2]), r"a must have a stride of 1.*use .contiguous\(\)"),
-        (lambda: matmul_pull(ok.as_strided((1, 4), (2**21, 1)), ok), "none of 2097152 or more"),
+        (lambda: matmul_pull(ok.as_strided((1, 4), (2**21, 1)), ok), "no stride or row of 2097152 or more"),
         (lambda: matmul_pull(ok, ok, replace(job, landing=ok[0])), r"landing must be contiguous \[h, R\]"),
         (lambda: pull(replace(job, landing=ok.new_zeros(4, 99))), "1584 bytes, but the layout's slice_bytes"),
         (lambda: publish(peers, 1, [], torch.float32), "one to 4 column ranges; got 0"),

@@ -196,10 +196,10 @@ def _check_factors(op: str, a: Tensor, b: Tensor) -> None:
             f"{tuple(b.shape)} {b.dtype}"
         )
     for name, tensor in (("a", a), ("b", b)):
-        if tensor.numel() and (1 not in tensor.stride() or max(tensor.stride()) >= _STRIDES):
+        if tensor.numel() and (1 not in tensor.stride() or max(*tensor.stride(), b.shape[1]) >= _STRIDES):
             raise ValueError(
-                f"{op}: {name} must have a stride of 1 and none of {_STRIDES} or more; got strides "
-                f"{tensor.stride()}: use .contiguous()"
+                f"{op}: {name} must have a stride of 1, and no stride or row of {_STRIDES} or more; got "
+                f"{tuple(tensor.shape)} with strides {tensor.stride()}: use .contiguous()"
             )
 
 
