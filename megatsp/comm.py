@@ -108,13 +108,17 @@ class Comm:
     def _others(self, elements: int) -> int:
         return elements * (self.size - 1) // self.size
 
+    def count(self, label: str, elements: int, element_size: int) -> None:
+        """Counts what other ranks give, or are given, of so many elements: (D-1)/D."""
+        self.traffic.count(label, self._others(elements), element_size)
+
     def all_gather(self, shard: Tensor, label: str) -> Pending:
         """Every rank's [n, ...] to every rank, as [D n, ...] in rank order."""
         if self.size == 1:
             return Pending(shard)
         shard = shard.contiguous()
         whole = shard.new_empty(self.size * shard.shape[0], *shard.shape[1:])
-        self.traffic.count(label, self._others(whole.numel()), whole.element_size())
+        self.count(label, whole.numel(), whole.element_size())
         work = _all_gather(whole, shard, group=self.group, async_op=True)
         return Pending(whole, [work], self.traffic, [shard])
 
@@ -124,7 +128,7 @@ class Comm:
             return Pending(whole)
         whole = whole.contiguous()
         shard = whole.new_empty(whole.shape[0] // self.size, *whole.shape[1:])
-        self.traffic.count(label, self._others(whole.numel()), whole.element_size())
+        self.count(label, whole.numel(), whole.element_size())
         work = _reduce_scatter(shard, whole, group=self.group, async_op=True)
         return Pending(shard, [work], self.traffic, [whole])
 
@@ -141,7 +145,7 @@ class Comm:
             return Pending(parts)
         parts = parts.contiguous()
         arrived = torch.empty_like(parts)
-        self.traffic.count(label, self._others(parts.numel()), parts.element_size())
+        self.count(label, parts.numel(), parts.element_size())
         work = dist.all_to_all_single(arrived, parts, group=self.group, async_op=True)
         return Pending(arrived, [work], self.traffic, [parts])
 

@@ -74,6 +74,12 @@ class ParallelConfig:
         1, "ranks D of the folded tensor and sequence axis; -1: what is left", "ranks", within="[-1, inf)"
     )
     tsp_layout: str = key("hidden", "which slice of a weight a tsp rank holds", choices=("hidden", "owner"))
+    overlap: str = key(
+        "auto",
+        "how layers' weights and gradients travel over tsp: by collectives, or inside the products' kernels "
+        "(fused: layout hidden, ranks on one host); auto: fused on GPUs, where a probe at the start passes",
+        choices=("auto", "collective", "fused"),
+    )
     attention_buckets: int = key(
         0, "buckets an attention layer is streamed in; 0 chooses", "buckets", within="[0, inf)"
     )

@@ -9,7 +9,7 @@ from megatsp_kernels.aot import Variant
 from megatsp_kernels.benchmark import Benchmark
 
 # Each is a folder with `variants` in triton.py and `benchmarks` in bench.py.
-OPS: tuple[str, ...] = ("attention", "linear_cross_entropy", "rms_norm", "rotary", "swiglu")
+OPS: tuple[str, ...] = ("attention", "linear_cross_entropy", "rms_norm", "rotary", "streamed", "swiglu")
 
 
 def variants(target: str, ops: Sequence[str] = ()) -> Iterator[tuple[str, Variant]]:

@@ -29,6 +29,7 @@ from megatsp.tsp.mlp import StreamedMLP
 from megatsp.tsp.owner import Broadcast, Ring
 from megatsp.tsp.small import Small, SmallParameters
 from megatsp.tsp.stream import WeightStream
+from megatsp.tsp.streamed import Overlap, Streamed, choose_overlap
 from megatsp.tsp.transport import Gather, Resident, Transport
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,7 +77,8 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
     fake: gives the parameters neither memory nor values.
 
     Raises:
-        ValueError: a dtype or head width that a GPU's flash attention does not take.
+        ValueError: a dtype or head width that a GPU's flash attention does not take;
+            parallel.overlap=fused where that is impossible.
     """
     if axes.device.type == "cuda":
         _check_gpu(config, axes.device)
@@ -187,11 +189,24 @@ def _initialise(gpt: GPT, config: Config, axes: Axes) -> None:
 class Engine:
     """What the GPT asks of its mesh beside the layers: positions, a tied head, prefetches."""
 
-    def __init__(self, gpt: GPT, head: StreamedHead, axes: Axes) -> None:
-        self.head = head
+    def __init__(self, gpt: GPT, head: StreamedHead, axes: Axes, overlap: Overlap) -> None:
+        self.head, self.overlap = head, overlap
         self._axes, self._gpt = axes, gpt
         # Under FSDP the next layer's weights are not there yet when this one ends.
         self._across_layers = not axes.has_fsdp
+
+    def check(self) -> None:
+        """Raises PeerError if another rank has not answered in time; the host waits for nothing."""
+        if self.overlap.exchange is not None:
+            self.overlap.exchange.check()
+
+    def close(self) -> None:
+        """Lets go of what ranks share, once all have come here; the model is of no use afterwards."""
+        if self.overlap.exchange is not None:
+            if self._axes.device.type == "cuda":
+                torch.cuda.synchronize(self._axes.device)
+            torch.distributed.barrier(self._axes.tsp.group)
+            self.overlap.exchange.close()
 
     def positions(self, ids: Tensor) -> Tensor:
         """Global positions of the tokens that attention computes with: int64 [T_local tp]."""
@@ -224,10 +239,17 @@ def _shards(layer: DecoderLayer) -> LayerTensors:
     return layer.tensors()
 
 
-def _transport(part: Part, parallel: ParallelConfig, axes: Axes, dtype: torch.dtype) -> Transport:
-    """`hidden` gathers everything; `owner` broadcasts attention and passes the MLP round a ring."""
+def _transport(
+    part: Part, parallel: ParallelConfig, axes: Axes, dtype: torch.dtype, overlap: Overlap
+) -> Transport:
+    """`hidden` gathers everything; `owner` broadcasts attention and passes the MLP round a ring.
+
+    The head's product is inside its loss, so it is gathered where the layers' weights arrive in products.
+    """
     if axes.tsp.size == 1:
         return Resident(part, dtype)
+    if overlap.exchange is not None and part.label != "head":
+        return Streamed(part, axes.tsp, dtype, overlap.exchange)
     if parallel.tsp_layout == "hidden" or part.label == "head":
         return Gather(part, axes.tsp, dtype)
     if part.label == "attention":
@@ -263,9 +285,15 @@ def share(length: int, rank: int, ranks: int) -> tuple[int, int]:
 def _attach_streams(gpt: GPT, config: Config, axes: Axes, fake: bool) -> None:
     """Gives embedding, layers and head what computes them on this mesh."""
     model, parallel, dtype = config.model, config.parallel, DTYPES[config.trainer.dtype]
-    attention, mlp, head = (
-        _transport(p, parallel, axes, dtype) for p in parts(model, parallel, axes.tp.rank)
-    )
+    all_parts = parts(model, parallel, axes.tp.rank)
+    if fake:
+        overlap = Overlap(None, "simulated ranks share no memory")
+    else:
+        overlap = choose_overlap(
+            parallel.overlap, parallel.tsp_layout, all_parts[:2], model.hidden_size, axes.tsp, axes.device,
+            dtype, config.launch.timeout_s,
+        )  # fmt: skip
+    attention, mlp, head = (_transport(p, parallel, axes, dtype, overlap) for p in all_parts)
     kernels = choose_kernels(config.kernels, axes.device, fake)
     sequence = sequence_attention(
         parallel.kv_exchange, axes.sequence, axes.cp, axes.tsp, model.kv_channels**-0.5, kernels.attention
@@ -297,4 +325,4 @@ def _attach_streams(gpt: GPT, config: Config, axes: Axes, fake: bool) -> None:
     gpt.model.embed_tokens.lookup = lookup
     if gpt.lm_head is not None:
         gpt.lm_head.loss = streamed_head
-    gpt.engine = Engine(gpt, streamed_head, axes)
+    gpt.engine = Engine(gpt, streamed_head, axes, overlap)

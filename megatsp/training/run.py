@@ -86,6 +86,7 @@ class Training:
         with lock(self.folder) if self.is_first else nullcontext():
             self._open_folder()
             self._loop(start, interrupted)
+        self.gpt.engine.close()
         if self.is_first:
             self._sum_up()
 
@@ -95,6 +96,7 @@ class Training:
         reporter = Reporter(self.config, self.folder, start, self.state.wandb_run_id, self.is_first)
         self.state = replace(self.state, wandb_run_id=_from_first(reporter.wandb_run_id))
         reporter.say(self._greeting(start))
+        reporter.say(f" weights over tsp travel {self.gpt.engine.overlap}")
         interval = Interval(self.config, self.axes)
         due = partial(_is_due, last=settings.train_iters)
         try:
@@ -139,6 +141,7 @@ class Training:
         mine = losses.sum() / loss_tokens
         loss, stops = _sum_over_ranks(torch.stack([mine, mine.new_tensor(bool(interrupted))])).tolist()
         norm = clip_gradients(self.gpt, config.optimizer.clip_grad).item()
+        self.gpt.engine.check()  # what a rank did not send is NaN: say that first
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(self._blame(iteration, loss, norm, indices, slices, losses))
         lr = learning_rate(iteration, config.optimizer, config.scheduler)

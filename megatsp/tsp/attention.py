@@ -14,7 +14,7 @@ from torch import Tensor
 from megatsp.cp.sequence import SequenceAttention
 from megatsp.schema import ModelConfig
 from megatsp.tsp.buckets import Bucket, Columns
-from megatsp.tsp.linear import Total, products, project
+from megatsp.tsp.linear import Total
 from megatsp.tsp.operations import Kernels
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
@@ -122,17 +122,17 @@ class StreamedAttention:
             if projected is None:
                 projected = self._project(rows, columns, bucket, vectors)
             projected = projected.view(*x.shape[:2], -1)
-            dout = (drows @ columns.pieces[3]).view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
+            dout = columns.times(drows, 3, 4).view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
             dq, kv_gradients = self._sequence.backward(
                 dout, *self._heads(projected, bucket, vectors, table), kept.out, kept.lse
             )
             dcolumns = gradients.buffer(step)
             # While the gradients of keys and values travel:
-            products(dcolumns.pieces[3:], drows.t(), _rows(kept.out))
+            dcolumns.set(3, 4, drows.t(), _rows(kept.out))
             dheads = (dq, *kv_gradients())
             dprojected = self._heads_backward(dheads, projected, bucket, vectors, dvectors, table)
             dprojected = dprojected.flatten(0, 1)
-            products(dcolumns.first(3), rows.t(), dprojected)
+            dcolumns.set(0, 3, rows.t(), dprojected)
             gradients.send(step, dcolumns)
             dx.add_transposed(dprojected, columns.first(3))
 
@@ -141,7 +141,7 @@ class StreamedAttention:
 
     def _project(self, rows: Tensor, columns: Columns, bucket: Bucket, vectors: HeadVectors) -> Tensor:
         """[B T/D, h] to the bucket's q, k and v columns, side by side."""
-        projected = project(rows, columns.first(3))
+        projected = columns.times(rows, 0, 3)
         if vectors.biases:
             biases = [b[s.start : s.stop] for b, s in zip(vectors.biases, bucket[:3], strict=True)]
             projected += torch.cat(biases).to(projected.dtype)

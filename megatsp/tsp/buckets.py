@@ -11,6 +11,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from megatsp.tsp.linear import products, project
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -71,9 +73,21 @@ class Columns:
 
     def first(self, count: int) -> Sequence[Tensor]:
         """The first `count` pieces, as one tensor where they lie side by side."""
+        return self._between(0, count)
+
+    def times(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        """rows [n, h] times pieces `start` to `stop`: the products side by side, [n, m]."""
+        return project(rows, self._between(start, stop))
+
+    def set(self, start: int, stop: int, a: Tensor, b: Tensor) -> None:
+        """Pieces `start` to `stop` become a [h, n] times b [n, sum of their columns]."""
+        products(self._between(start, stop), a, b)
+
+    def _between(self, start: int, stop: int) -> Sequence[Tensor]:
         if self.whole is None:
-            return self.pieces[:count]
-        return [self.whole[:, : sum(piece.shape[1] for piece in self.pieces[:count])]]
+            return self.pieces[start:stop]
+        first, last = (sum(piece.shape[1] for piece in self.pieces[:n]) for n in (start, stop))
+        return [self.whole[:, first:last]]
 
 
 def width(bucket: Bucket) -> int:

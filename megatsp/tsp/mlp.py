@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from megatsp.tsp.buckets import Bucket, Columns
-from megatsp.tsp.linear import Total, products, project
+from megatsp.tsp.linear import Total
 from megatsp.tsp.operations import SwiGLU
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
@@ -34,7 +34,7 @@ class StreamedMLP:
         rows, y, saved = x.flatten(0, 1), Total(self._stream.steps), {}
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
-            gate_up = project(rows, columns.first(2))
+            gate_up = columns.times(rows, 0, 2)
             y.add(self._kernel.swiglu(gate_up), columns.pieces[2].t())
             if keep:
                 saved[step] = gate_up
@@ -59,14 +59,14 @@ class StreamedMLP:
         gradients = self._stream.gradients(weights)
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
-            gate_up = saved.pop(step) if step in saved else project(rows, columns.first(2))
+            gate_up = saved.pop(step) if step in saved else columns.times(rows, 0, 2)
             dgate_up, activation = self._kernel.swiglu_backward(
-                drows @ columns.pieces[2], gate_up, inplace=True
+                columns.times(drows, 2, 3), gate_up, inplace=True
             )
             del gate_up
             dcolumns = gradients.buffer(step)
-            products(dcolumns.first(2), rows.t(), dgate_up)
-            products(dcolumns.pieces[2:], drows.t(), activation)
+            dcolumns.set(0, 2, rows.t(), dgate_up)
+            dcolumns.set(2, 3, drows.t(), activation)
             gradients.send(step, dcolumns)
             dx.add_transposed(dgate_up, columns.first(2))
 
