@@ -91,7 +91,7 @@ def load_rows(p, stride, o_row, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
     o_start = tl.maximum(tl.minimum(o_row * stride, (count - 1) * stride), 0)  # provably small
     p_row = p + (o_start[:, None] + o_d[None, :])
-    if D < BLOCK_D:  # noqa: SIM108: only the branch taken is compiled
+    if D < BLOCK_D:  # noqa: SIM108
         b = tl.load(p_row, (o_d < D)[None, :], other=0.0)
     else:
         b = tl.load(p_row)
