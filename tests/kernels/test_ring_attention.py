@@ -224,7 +224,7 @@ def test_gathered_keys_come_after_ones_own(documents):
     q_first = q_first if documents else None
     landed = memory.of(torch.stack([k, v], 1))  # [S, 2, B, K, t, d]
     landed[rank] = float("nan")
-    absent = torch.cat([s if r != rank else -s - 1 for r, s in enumerate(starts)])
+    absent = torch.cat([s if r != rank else torch.full_like(s, -1) for r, s in enumerate(starts)])
     by_tokens = memory.of(q.transpose(1, 2)).transpose(1, 2)
     own = k[rank : rank + 1], v[rank : rank + 1], starts[rank]
     state = attention_step(by_tokens, *own[:2], starts[rank], own[2], SCALE, last=False, q_first=q_first)
