@@ -257,12 +257,12 @@ def test_gathered_keys_come_after_ones_own(documents):
 def test_a_state_is_updated_in_place_and_within_its_tensors():
     memory = Poisoned()
     q, k, v, dout = inputs(1, 1, 19, 21, 24, torch.float32)
-    steps = [(k, v, ints(start)) for start in (0, 21, 42)]
-    state = attention_step(q, k, v, ints(40), steps[0][2], SCALE, last=False)
+    steps = [(k * (1 + i), v + i, ints(21 * i)) for i in range(3)]  # ever greater maxima
+    state = attention_step(q, *steps[0][:2], ints(40), steps[0][2], SCALE, last=False)
     mine = AttentionState(*(memory.of(t) for t in (state.out, state.maximum, state.sum)))
-    assert attention_step(q, k, v, ints(40), steps[1][2], SCALE, mine, last=False) is mine
+    assert attention_step(q, *steps[1][:2], ints(40), steps[1][2], SCALE, mine, last=False) is mine
     assert not torch.equal(mine.sum, state.sum)
-    out, lse = attention_step(q, k, v, ints(40), steps[2][2], SCALE, mine)
+    out, lse = attention_step(q, *steps[2][:2], ints(40), steps[2][2], SCALE, mine)
     ours = out, lse, *in_steps(q, dout, ints(40), steps)[2:]
     assert_steps_near(ours, q, dout, ints(40), steps)
     memory.check()

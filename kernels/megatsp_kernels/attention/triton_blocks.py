@@ -121,9 +121,8 @@ def variant(
 
 
 def table(tables: Mapping[int, Table], width: int, itemsize: int) -> Table:
-    """The tiles for a head's width and the bytes of its elements: as wide rows, as few of them."""
-    row_bytes = sizes(width)["BLOCK_D"] * itemsize
-    return next((tables[size] for size in sorted(tables) if row_bytes <= size), tables[max(tables)])
+    """The tiles for heads of a width: those of the smallest row that is as long, or of the longest."""
+    return next((tables[size] for size in sorted(tables) if width * itemsize <= size), tables[max(tables)])
 
 
 def sizes(width: int) -> dict[str, int]:
