@@ -290,6 +290,13 @@ def test_chunks_may_come_in_any_order():
     assert_steps_near(ours, q, dout, q_starts, steps)
 
 
+def test_every_alignment_of_queries_with_blocks_of_keys():
+    """One chunk of queries from each position of two tiles on: where a block is whole, or lacks one."""
+    q, k, v, dout = inputs(1, 1, 16 * 9, 26, 16, torch.float32)
+    q_starts, steps = torch.arange(16, device=DEVICE), [(k, v, ints(0))]
+    assert_steps_near(in_steps(q, dout, q_starts, steps), q, dout, q_starts, steps)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_what_no_query_of_a_block_sees_is_not_read(documents):
     """Weights of 0 times NaN would be NaN."""
