@@ -35,7 +35,7 @@ _AMD_512 = [
     Config(dict(QUERIES=64, KEYS=32), num_warps=4, num_stages=1, amd=_CDNA),
     Config(dict(QUERIES=128, KEYS=32), num_warps=8, num_stages=1, amd=_CDNA),  # K/V are read half as often
 ]
-# By the bytes of a padded row. sm_90: 64 queries for each warpgroup of 4 warps, as wgmma wants; 128 keys
+# By the bytes of a row. sm_90: 64 queries for each warpgroup of 4 warps, as wgmma wants; 128 keys
 # would spill.
 TABLES: dict[int, Table] = {
     128: {

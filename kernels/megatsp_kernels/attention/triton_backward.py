@@ -52,12 +52,18 @@ _AMD_QUERIES_512 = [
     Config(dict(QUERIES=64, KEYS=16), num_warps=4, num_stages=1, amd=_CDNA),
     Config(dict(QUERIES=64, KEYS=32), num_warps=4, num_stages=1, amd=_CDNA_1),  # fewer, longer steps
 ]
-# By the bytes of a padded row.
+# By the bytes of a row.
 KEYS_TABLES: dict[int, Table] = {
     128: {
         "gfx942": _AMD_KEYS_128,
         "gfx950": _AMD_KEYS_128,
         "sm_90": [Config(dict(QUERIES=64, KEYS=128), num_warps=8, num_stages=2)],
+        "interpreter": _INTERPRETER,
+    },
+    240: {  # padded to 256: on sm_90 the masks of the padding take the registers of half the keys
+        "gfx942": _AMD_KEYS_256,
+        "gfx950": _AMD_KEYS_256,
+        "sm_90": [Config(dict(QUERIES=32, KEYS=64), num_warps=8, num_stages=2)],
         "interpreter": _INTERPRETER,
     },
     256: {

@@ -91,7 +91,7 @@ def load_rows(p, stride, o_row, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
     o_start = tl.maximum(tl.minimum(o_row * stride, (count - 1) * stride), 0)  # provably small
     p_row = p + (o_start[:, None] + o_d[None, :])
-    if D < BLOCK_D:  # noqa: SIM108: only the branch taken is compiled
+    if D < BLOCK_D:  # noqa: SIM108
         b = tl.load(p_row, (o_d < D)[None, :], other=0.0)
     else:
         b = tl.load(p_row)
@@ -121,9 +121,8 @@ def variant(
 
 
 def table(tables: Mapping[int, Table], width: int, itemsize: int) -> Table:
-    """The tiles for a head's width and the bytes of its elements: as wide rows, as few of them."""
-    row_bytes = sizes(width)["BLOCK_D"] * itemsize
-    return next((tables[size] for size in sorted(tables) if row_bytes <= size), tables[max(tables)])
+    """The tiles for heads of a width: those of the smallest row that is as long, or of the longest."""
+    return next((tables[size] for size in sorted(tables) if width * itemsize <= size), tables[max(tables)])
 
 
 def sizes(width: int) -> dict[str, int]:
