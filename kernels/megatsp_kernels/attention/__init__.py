@@ -1,6 +1,6 @@
 """Flash attention, forward and backward, as steps that carry their state; libraries' own, one a module."""
 
-from megatsp_kernels.attention.ring import (
+from megatsp_kernels.attention.op import (
     AttentionState,
     attention,
     attention_backward_step,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatsp_kernels.attention.ring import attention, attention_backward_step, attention_delta, attention_step
+from megatsp_kernels.attention.op import attention, attention_backward_step, attention_delta, attention_step
 from megatsp_kernels.benchmark import Benchmark
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

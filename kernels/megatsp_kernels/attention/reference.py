@@ -1,4 +1,4 @@
-"""The plain text of attention with its log-sum-exp: what op.py and ring.py are tested against."""
+"""The plain text of attention with its log-sum-exp: what op.py and sdpa.py are tested against."""
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def ring_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T scale) v over the visible keys, and the log-sum-exp, in the dtype of the inputs.
 
-    Shapes as in ring.py. A query that sees nothing: 0 and -inf.
+    Shapes as in op.py. A query that sees nothing: 0 and -inf.
     """
     k, v = (t.movedim(0, 2).flatten(2, 3).repeat_interleave(q.shape[1] // t.shape[2], dim=1) for t in (k, v))
     of_query, of_key = positions(q_starts, q.shape[2])[:, None], positions(k_starts, k.shape[2])

@@ -1,6 +1,7 @@
 """Flash attention forward as a step: a block of queries a program, whose state enters and leaves."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import triton
 import triton.language as tl
@@ -11,6 +12,7 @@ from megatsp_kernels.attention.triton_blocks import (
     LOG2E,
     WIDTHS,
     between,
+    defaults_first,
     keys_of,
     load_rows,
     program,
@@ -162,26 +164,24 @@ def _attend(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every kernel of attention with every config of a chip, as ring_ops.py launches it in bf16."""
+    """Every kernel of attention with every config of a chip, as custom_ops.py launches it in bf16."""
     pointers = dict(p_q="*bf16", p_k="*bf16", p_v="*bf16", p_q_starts="*i64", p_k_starts="*i64")
     state = dict(p_total="*fp32", p_max="*fp32", p_sum="*fp32")
     results = dict(p_out="*bf16", p_lse="*fp32")
+    steps = dict(single=(True, True), first=(True, False), middle=(False, False), last=(False, True))
     for width in WIDTHS:
-        for config in table(TABLES, width, 2)[target]:
-            for first, last, name in (
-                (True, True, "single"),
-                (True, False, "first"),
-                (False, False, "middle"),
-                (False, True, "last"),
-            ):
-                for documents in (False, True):
-                    constants = dict(sizes(width), DOCUMENTS=documents, FIRST=first, LAST=last)
-                    types = dict(pointers, p_q_first="*i64")
-                    absent = [] if documents else ["p_q_first"]
-                    absent += list(state) if first and last else []
-                    absent += [] if last else list(results)
-                    types |= state | results
-                    label = f"attention/forward/{width}/{name}" + "/documents" * documents
-                    constants |= dict.fromkeys(absent)
-                    yield variant(forward_kernel, label, types, constants, config)
+        for config, is_default in defaults_first(table(TABLES, width, 2)[target]):
+            for (name, (first, last)), documents in product(steps.items(), (False, True)):
+                # Of the other configs: the simplest, and the one with the most to hold.
+                if not is_default and (name, documents) not in (("single", False), ("middle", True)):
+                    continue
+                constants = dict(sizes(width), DOCUMENTS=documents, FIRST=first, LAST=last)
+                types = dict(pointers, p_q_first="*i64")
+                absent = [] if documents else ["p_q_first"]
+                absent += list(state) if first and last else []
+                absent += [] if last else list(results)
+                types |= state | results
+                label = f"attention/forward/{width}/{name}" + "/documents" * documents
+                constants |= dict.fromkeys(absent)
+                yield variant(forward_kernel, label, types, constants, config)
     yield from triton_backward.variants(target)

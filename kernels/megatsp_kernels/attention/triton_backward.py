@@ -7,6 +7,7 @@ Source: Dao, FlashAttention-2, arXiv:2307.08691, algorithm 2.
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 import triton
 import triton.language as tl
@@ -17,6 +18,7 @@ from megatsp_kernels.attention.triton_blocks import (
     WIDTHS,
     between,
     count_at_most,
+    defaults_first,
     keys_of,
     load_rows,
     program,
@@ -310,7 +312,7 @@ def _add_dkv(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every kernel of this file with every config of a chip, as ring_ops.py launches it in bf16."""
+    """Every kernel of this file with every config of a chip, as custom_ops.py launches it in bf16."""
     inputs = dict(p_dout="*bf16", p_q="*bf16", p_k="*bf16", p_v="*bf16", p_lse="*fp32", p_delta="*fp32")
     inputs |= dict(p_q_starts="*i64", p_k_starts="*i64", p_q_first="*i64")
     for width in WIDTHS:
@@ -321,10 +323,11 @@ def variants(target: str) -> Iterator[Variant]:
             (queries_kernel, "dq", QUERIES_TABLES, dict(p_dq="*fp32")),
             (keys_kernel, "dkdv", KEYS_TABLES, dict(p_dk="*fp32", p_dv="*fp32")),
         ):
-            for config in table(tables, width, 2)[target]:
-                for documents in (False, True):
-                    for add in (False, True):
-                        constants = dict(sizes(width), DOCUMENTS=documents, ADD=add)
-                        constants |= {} if documents else dict(p_q_first=None)
-                        label = f"attention/{name}/{width}" + "/documents" * documents + "/add" * add
-                        yield variant(kernel, label, inputs | results, constants, config)
+            for config, is_default in defaults_first(table(tables, width, 2)[target]):
+                for documents, add in product((False, True), (False, True)):
+                    if not is_default and documents != add:
+                        continue
+                    constants = dict(sizes(width), DOCUMENTS=documents, ADD=add)
+                    constants |= {} if documents else dict(p_q_first=None)
+                    label = f"attention/{name}/{width}" + "/documents" * documents + "/add" * add
+                    yield variant(kernel, label, inputs | results, constants, config)

@@ -6,7 +6,7 @@ tokens, and within that another in which nothing is masked: nothing else is visi
 computed for the blocks at the range's ends alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import triton
@@ -84,7 +84,7 @@ def load_rows(p, stride, o_row, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
     From row `count` on it is row count-1 again, and the caller masks what comes of it: a mask here would
     stay in AMD's scalar registers, and those run out. The pointer is 64 bits wide; within a block 32 are
-    enough (ring.py refuses wider strides), and AMD's buffer loads take them.
+    enough (op.py refuses wider strides), and AMD's buffer loads take them.
     """
     tl.assume(stride >= 0)
     tl.assume(stride <= 2097152)
@@ -118,6 +118,11 @@ def variant(
     numbers = [n for n in names if signature[n] == "i32"]
     aligned = tuple(n for n in numbers if n.endswith(("_s", "_b", "_h", "_t", "length")))
     return Variant(kernel, label, signature, constants, config, aligned, matrix="KEYS" in config.blocks)
+
+
+def defaults_first(configs: Sequence[Config]) -> list[tuple[Config, bool]]:
+    """Each config of a chip with whether it is the one that is used."""
+    return [(config, i == 0) for i, config in enumerate(configs)]
 
 
 def table(tables: Mapping[int, Table], width: int, itemsize: int) -> Table:

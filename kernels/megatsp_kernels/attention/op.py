@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatsp_kernels.attention import ring_ops
+from megatsp_kernels.attention import custom_ops
 from megatsp_kernels.common import check_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -77,15 +77,15 @@ def attention_step(
         fp32 = q.new_empty(0, dtype=torch.float32)
         rows = (batch, heads, length)
         state = AttentionState(fp32.new_empty(*rows, width), fp32.new_empty(rows), fp32.new_empty(rows))
-        ring_ops.step(q, k, v, q_starts, k_starts, q_first, scale, True, *_fields(state), None, None)
+        custom_ops.step(q, k, v, q_starts, k_starts, q_first, scale, True, *_fields(state), None, None)
         return state
     first = state is None
     if not last:
-        ring_ops.step(q, k, v, q_starts, k_starts, q_first, scale, first, *_fields(state), None, None)
+        custom_ops.step(q, k, v, q_starts, k_starts, q_first, scale, first, *_fields(state), None, None)
         assert state is not None
         return state
-    out, lse = ring_ops.empty_results(q)
-    ring_ops.step(q, k, v, q_starts, k_starts, q_first, scale, first, *_fields(state), out, lse)
+    out, lse = custom_ops.empty_results(q)
+    custom_ops.step(q, k, v, q_starts, k_starts, q_first, scale, first, *_fields(state), out, lse)
     return out, lse
 
 
@@ -105,7 +105,7 @@ def attention_delta(out: Tensor, dout: Tensor) -> Tensor:
             f"attention_delta takes out and dout [B, H, Tq, d]; got {tuple(out.shape)}, {tuple(dout.shape)}"
         )
     _check_layout("attention_delta", out=out, dout=dout)
-    return ring_ops.delta(out, dout)
+    return custom_ops.delta(out, dout)
 
 
 def attention_backward_step(
@@ -161,10 +161,10 @@ def attention_backward_step(
     _check_layout(name, dout=dout, **{label: gradient for label, (gradient, _) in given.items()})
     add_q, add_kv = dq is not None, dk is not None
     if dq is None:
-        dq = ring_ops.by_tokens(q, torch.float32)
+        dq = custom_ops.by_tokens(q, torch.float32)
     if dk is None or dv is None:
         dk, dv = (k.new_empty(k.shape, dtype=torch.float32) for _ in range(2))
-    ring_ops.backward(
+    custom_ops.backward(
         dout, q, k, v, lse, delta, q_starts, k_starts, q_first, scale, dq, dk, dv, add_q, add_kv
     )
     return dq, dk, dv
@@ -196,7 +196,7 @@ def attention(
     if k_starts is None:
         k_starts = torch.zeros(k.shape[0], dtype=torch.int64, device=q.device)
     _check("attention", q, k, v, q_starts, k_starts, scale, q_first)
-    out, _ = ring_ops.whole(q, k, v, q_starts, k_starts, q_first, scale)
+    out, _ = custom_ops.whole(q, k, v, q_starts, k_starts, q_first, scale)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The custom ops of ring.py, which checks and documents what they take."""
+"""The custom ops of op.py, which checks and documents what they take."""
 
 from typing import Any
 
