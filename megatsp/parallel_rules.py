@@ -61,6 +61,8 @@ def split_errors(config: Config) -> Iterator[str]:
     if m.hidden_size % p.tsp:
         nearest = nearest_multiples(m.hidden_size, p.tsp)
         yield f"model.hidden_size={m.hidden_size}: parallel.tsp={p.tsp} must divide it; use {nearest}"
+    if p.overlap == "fused" and p.tsp_layout != "hidden" and p.tsp > 1:
+        yield f"parallel.overlap=fused: tsp_layout={p.tsp_layout} cannot; use hidden, or overlap=auto"
     yield from _sequence_errors(config)
     for name in ("num_attention_heads", "num_query_groups"):
         if (heads := getattr(m, name)) % p.tp:

@@ -248,6 +248,15 @@ def test_given_buckets_are_kept():
     assert {name: getattr(filled.parallel, name) for name in given} == given
 
 
+def test_fused_transfers_need_the_hidden_layout():
+    keys = dict(parallel__overlap="fused", parallel__tsp_layout="owner")
+    assert errors(world_size=2, parallel__tsp=2, **keys) == [
+        "parallel.overlap=fused: tsp_layout=owner cannot; use hidden, or overlap=auto"
+    ]
+    validate(configured(parallel__tsp=2, parallel__overlap="fused"), 2)
+    validate(configured(parallel__tsp=1, **keys), 1)  # nothing travels
+
+
 def test_owner_needs_a_bucket_an_owner():
     found = errors(world_size=4, parallel__tsp=4, parallel__tsp_layout="owner", parallel__mlp_buckets=6)
     assert found == ["parallel.mlp_buckets=6: owner needs a multiple of tsp; use 4 or 8, or 0"]

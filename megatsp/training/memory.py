@@ -35,7 +35,8 @@ def predict(config: Config) -> RankBytes:
 
     weights, gradients, optimizer: fp32 shards. saved_activations: what the layers keep for the
     backward (see tsp/layer.py). gathered: weights on their way and in use; the two largest buckets that
-    stream, and two layers under FSDP. Not in it: the working memory of the layer being computed.
+    stream, two layers under FSDP, and what ranks share under parallel.overlap=fused (auto may come to the
+    same). Not in it: the working memory of the layer being computed.
     """
     shard = sum(_shard_elements(config))
     return RankBytes(
@@ -84,7 +85,10 @@ def _gathered_bytes(config: Config) -> int:
     columns = 2 * max(attention + mlp + head) if p.tsp > 1 else 0
     if _fsdp_ranks(p) > 1:
         columns += 2 * -(-(sum(attention) + sum(mlp)) // p.tsp)
-    return columns * h * size
+    # Two slots of a slice, and two places for every rank's share of its gradient.
+    fused = p.tsp > 1 and p.overlap == "fused"
+    shared = fused * max(attention + mlp) * (2 * h // p.tsp * size + 2 * h * FP32)
+    return columns * h * size + shared
 
 
 def _fsdp_ranks(parallel: ParallelConfig) -> int:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from distributed import run_distributed
+from megatsp_kernels.peers import Layout
 
 from megatsp.axes import Axes
 from megatsp.model.parallelize import build_model
@@ -139,6 +140,14 @@ def test_more_buckets_are_smaller():
     assert predicted(2, tsp=2).gathered == 2 * 4 * 24 * 6  # attention: 8 + 4 + 4 + 8 rows of h
     held = predicted(2, tsp=2, attention_buckets=2, mlp_buckets=4, head_buckets=3)
     assert held.gathered == 2 * 4 * 12 * 6  # attention 12 rows; MLP 2 x 3 columns; head 4 rows
+
+
+def test_what_ranks_share_is_predicted():
+    held = predicted(2, tsp=2, overlap="fused").gathered - predicted(2, tsp=2, overlap="collective").gathered
+    rows, columns = 3, 24
+    layout = Layout(2, 1, slice_bytes=rows * columns * 4, gradient_bytes=rows * columns * 4)
+    slack = 7 * 256 + layout.flags_bytes  # flags, and six slices that end before the next one begins
+    assert layout.num_bytes - slack <= held <= layout.num_bytes
 
 
 def test_fsdp_gathers_two_layers():
