@@ -40,15 +40,17 @@ TABLE = {
     ],
     "interpreter": [Config(dict(M=16, N=16, K=16, GROUP=2, XCDS=2, PARTS=4))],
 }
-# The gradients' products, with less beside the tile: 256 x 256 fits too, at K = 32.
+# The gradients' products, with less beside the tile: 256 x 256 fits too, at K = 32. Adding a whole tile to
+# what is at odd addresses would take 128 KiB of LDS: hence parts.
+_AMD_PARTS = _AMD | dict(PARTS=4)
 GRADIENT_TABLE = {
     "gfx942": [
-        TABLE["gfx942"][0],
-        Config(dict(M=256, N=256, K=32) | _AMD | dict(PARTS=4), num_warps=8, amd=_MFMA | dict(kpack=1)),
+        Config(dict(M=256, N=128, K=64) | _AMD_PARTS, num_warps=8, amd=_MFMA),
+        Config(dict(M=256, N=256, K=32) | _AMD_PARTS, num_warps=8, amd=_MFMA | dict(kpack=1)),
     ],
     "gfx950": [
-        TABLE["gfx950"][0],
-        Config(dict(M=256, N=256, K=32) | _AMD | dict(PARTS=4), num_warps=8, num_stages=3, amd=_MFMA_950),
+        Config(dict(M=256, N=128, K=64) | _AMD_PARTS, num_warps=8, amd=_MFMA_950),
+        Config(dict(M=256, N=256, K=32) | _AMD_PARTS, num_warps=8, num_stages=3, amd=_MFMA_950),
     ],
     "sm_90": TABLE["sm_90"],
     "interpreter": TABLE["interpreter"],
