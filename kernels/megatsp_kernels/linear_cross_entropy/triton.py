@@ -5,7 +5,6 @@ All multiply matrices by `_product`, whose operands lie either way round: offset
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
 from typing import Any
 
 import triton
@@ -271,6 +270,10 @@ def product_kernel(
         _store(p_out, b_parts[i], i_m, i_part, rows, columns, stride_out, M, N // PARTS, ADD)
 
 
+# Whether no depth is masked, and which stride of the weight is 1.
+_FORMS = [(even, one) for even in (False, True) for one in ("stride_wm", "stride_wh")]
+
+
 def variants(target: str) -> Iterator[Variant]:
     """Every kernel of this file with every config of a chip, as op.py launches it in bf16 and in fp32.
 
@@ -280,14 +283,16 @@ def variants(target: str) -> Iterator[Variant]:
         ("*bf16", TABLE, GRADIENT_TABLE),
         ("*fp32", TABLE_FP32, TABLE_FP32),
     ):
-        evens = (True, False) if dtype == "*bf16" else (False,)  # with a mask or not, fp32 is slow
-        for even, one in product(evens, ("stride_wm", "stride_wh")):
-            for config in forward[target]:
+        # bf16 with the config in use, in every form; others, and fp32, in the one that holds most.
+        for i, config in enumerate(forward[target]):
+            for even, one in _FORMS if dtype == "*bf16" and i == 0 else _FORMS[:1]:
                 yield _forward_variant(config, dtype, even, one)
-            for config in gradient[target]:
+        for i, config in enumerate(gradient[target]):
+            every = dtype == "*bf16" and i == 0
+            for even, one in _FORMS if every else _FORMS[:1]:
                 yield _dlogits_variant(config, dtype, even, one)
-        for even, config in product(evens, gradient[target]):
-            yield from _product_variants(config, dtype, even)
+            for even in (False, True) if every else (False,):
+                yield from _product_variants(config, dtype, even, every)
     for config in COMBINE_TABLE[target]:
         signature = dict(p_max="*fp32", p_sum="*fp32", p_lse="*fp32", rows="i32", splits="i32")
         yield Variant(combine_kernel, "linear_cross_entropy/combine", signature, {}, config, ("rows",))
@@ -313,8 +318,8 @@ def _dlogits_variant(config: Config, dtype: str, even: bool, one: str) -> Varian
     return _variant(dlogits_kernel, "dlogits", signature, aligned, {one: 1, "EVEN": even}, config)
 
 
-def _product_variants(config: Config, dtype: str, even: bool) -> Iterator[Variant]:
-    """dx, added to or not, of weights either way round; dw in fp32 or not."""
+def _product_variants(config: Config, dtype: str, even: bool, every: bool) -> Iterator[Variant]:
+    """dx, added to or not, of weights either way round; dw in fp32 or not. Unless `every`: added, in fp32."""
     sizes = ("rows", "columns", "depth", "stride_am", "stride_ak", "stride_bk", "stride_bn", "stride_out")
     for label, ones, out, add in (
         ("dx", ("stride_ak", "stride_bk"), "*fp32", True),
@@ -324,6 +329,8 @@ def _product_variants(config: Config, dtype: str, even: bool) -> Iterator[Varian
         ("dw", ("stride_am", "stride_bn"), dtype, False),
         ("dw", ("stride_am", "stride_bn"), "*fp32", False),
     ):
+        if not every and (out != "*fp32" or add != (label == "dx") or "stride_bn" not in ones):
+            continue
         signature = dict(p_a=dtype, p_b=dtype, p_out=out) | dict.fromkeys(sizes, "i32")
         constants = dict.fromkeys(ones, 1) | dict(EVEN=even, ADD=add)
         yield _variant(product_kernel, label, signature, sizes, constants, config)
