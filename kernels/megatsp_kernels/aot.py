@@ -136,8 +136,8 @@ def problems(compiled: Compiled | CompileError, variant: Variant) -> list[str]:
         ),
         (variant.matrix and not found.matrix, "has no matrix instructions"),
         (
-            variant.waits and not found.system_acquires + found.system_releases,
-            'has no acquire or release at system scope: atomics need sem= and scope="sys"',
+            variant.waits and not (found.system_acquires and found.system_releases),
+            'has no acquire and release at system scope: atomics need sem= and scope="sys"',
         ),
         (
             found.float_atomics,

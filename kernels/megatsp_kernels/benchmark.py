@@ -3,9 +3,11 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Benchmark:
     make: Callable[[torch.device], Mapping[str, Callable[[], Any] | str]]
 
 
-def when_importable(module: str, build: Callable[[Any], Callable[[], Any]]) -> Callable[[], Any] | str:
+def when_importable(module: str, build: Callable[[Any], Made]) -> Made | str:
     """What `build` makes of an imported module, to be timed; or why it cannot be imported, to be shown."""
     try:
         return build(importlib.import_module(module))

@@ -53,8 +53,8 @@ def judged() -> dict[str, dict[str, list[str]]]:
     [
         ("spills", "bytes of scratch a lane"),
         ("too much shared memory", "bytes of shared memory; "),
-        ("relaxed wait", "no acquire or release at system scope"),
-        ("wait on this GPU alone", "no acquire or release at system scope"),
+        ("relaxed wait", "no acquire and release at system scope"),
+        ("wait on this GPU alone", "no acquire and release at system scope"),
         ("no matrix instructions", "has no matrix instructions"),
         ("atomic sum", "adds floating-point numbers atomically"),
         ("does not compile", "does not compile: CompilationError: arange's range must be a power of 2"),

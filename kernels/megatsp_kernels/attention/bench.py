@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatsp_kernels.attention.op import attention, attention_backward_step, attention_delta, attention_step
-from megatsp_kernels.benchmark import Benchmark
+from megatsp_kernels.benchmark import Benchmark, when_importable
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 _BACKENDS = {"torch flash": SDPBackend.FLASH_ATTENTION, "torch cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -45,18 +44,20 @@ def _inputs(shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> 
     return tuple(torch.randn(size, device=device, dtype=dtype) for _ in range(4))
 
 
-def _forward(shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Any]]:
+def _forward(
+    shape: dict[str, int], dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[[], Any] | str]:
     q, k, v, _ = _inputs(shape, dtype, device)
     scale = shape["d"] ** -0.5
-    runs: dict[str, Callable[[], Any]] = {"megatsp": lambda: attention(q, k, v, scale)}
+    runs: dict[str, Callable[[], Any] | str] = {"megatsp": lambda: attention(q, k, v, scale)}
     for name, rival in _rivals(q, k, v).items():
-        runs[name] = partial(rival, q, k, v)
+        runs[name] = rival if isinstance(rival, str) else partial(rival, q, k, v)
     return runs
 
 
 def _backward(
     shape: dict[str, int], dtype: torch.dtype, device: torch.device
-) -> dict[str, Callable[[], Any]]:
+) -> dict[str, Callable[[], Any] | str]:
     q, k, v, dout = _inputs(shape, dtype, device)
     scale, start = shape["d"] ** -0.5, torch.zeros(1, dtype=torch.int64, device=device)
     results = attention_step(q, k[None], v[None], start, start, scale)
@@ -67,26 +68,25 @@ def _backward(
         delta = attention_delta(out, dout)
         return attention_backward_step(dout, q, k[None], v[None], lse, delta, start, start, scale)
 
-    runs: dict[str, Callable[[], Any]] = {"megatsp": ours}
+    runs: dict[str, Callable[[], Any] | str] = {"megatsp": ours}
     leaves = [t.requires_grad_() for t in (q.clone(), k.clone(), v.clone())]
     for name, rival in _rivals(q, k, v).items():
+        if isinstance(rival, str):
+            runs[name] = rival
+            continue
         result = rival(*leaves)
         runs[name] = partial(torch.autograd.grad, result, leaves, dout, retain_graph=True)
     return runs
 
 
-def _rivals(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Attention]:
-    """Those that run on these inputs."""
-    rivals: dict[str, Attention] = {}
-    if q.is_cuda:
-        rivals |= {name: partial(_torch, backend) for name, backend in _BACKENDS.items()}
+def _rivals(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Attention | str]:
+    """By name; a text says why one does not run on these inputs."""
+    rivals: dict[str, Attention | str] = {name: partial(_torch, b) for name, b in _BACKENDS.items()}
     for package in _PACKAGES:
-        try:
-            function = import_module(package).flash_attn_func
-        except (ImportError, AttributeError):
-            continue
-        rivals[package] = partial(_by_tokens, function)
-    return {name: rival for name, rival in rivals.items() if _runs(rival, q, k, v)}
+        rivals[package] = when_importable(package, lambda m: partial(_by_tokens, m.flash_attn_func))
+    return {
+        name: rival if isinstance(rival, str) else _running(rival, q, k, v) for name, rival in rivals.items()
+    }
 
 
 def _torch(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -99,10 +99,10 @@ def _by_tokens(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor)
     return function(q, k, v, causal=True).transpose(1, 2)
 
 
-def _runs(rival: Attention, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """torch has no better way to say that a backend does not take a chip or a dtype."""
+def _running(rival: Attention, q: Tensor, k: Tensor, v: Tensor) -> Attention | str:
+    """torch has no better way to say that a backend does not take a chip or a dtype than to try it."""
     try:
         rival(q, k, v)
-    except RuntimeError:
-        return False
-    return True
+    except RuntimeError as error:
+        return f"does not run: {error}".splitlines()[0]
+    return rival

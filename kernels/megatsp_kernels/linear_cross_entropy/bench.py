@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megatsp_kernels.benchmark import Benchmark
+from megatsp_kernels.benchmark import Benchmark, when_importable
 from megatsp_kernels.linear_cross_entropy import (
     cross_entropy_backward_step,
     cross_entropy_step,
@@ -39,23 +38,25 @@ def _inputs(n: int, h: int, m: int, dtype: torch.dtype, device: torch.device) ->
     return x, w, torch.randint(m, (n,), device=device), torch.full((n,), 1 / n, device=device)
 
 
-def _whole(n: int, h: int, m: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Any]]:
+def _whole(
+    n: int, h: int, m: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[[], Any] | str]:
     x, w, targets, dlosses = _inputs(n, h, m, dtype, device)
     leaves = x.requires_grad_(), w.t().contiguous().requires_grad_()
 
     def run(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Any:
         return torch.autograd.grad(loss(*leaves, targets), leaves, dlosses)
 
-    rivals: dict[str, Callable[[], Any]] = {
+    def liger(module: Any) -> Callable[[], Any]:
+        loss = module.LigerFusedLinearCrossEntropyLoss()
+        return lambda: torch.autograd.grad(loss(leaves[1], leaves[0], targets), leaves)
+
+    return {
         "megatsp": partial(run, linear_cross_entropy),
         "torch": partial(run, _plain),
         "torch.compile": partial(run, torch.compile(_plain)),
+        "liger": when_importable("liger_kernel.transformers", liger),
     }
-    try:
-        liger = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
-    except ImportError:
-        return rivals
-    return rivals | {"liger": lambda: torch.autograd.grad(liger(leaves[1], leaves[0], targets), leaves)}
 
 
 def _plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatsp_kernels.benchmark import Benchmark
+from megatsp_kernels.benchmark import Benchmark, when_importable
 from megatsp_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from megatsp_kernels.rms_norm.reference import add_rms_norm as add_reference
 from megatsp_kernels.rms_norm.reference import rms_norm as reference
 
 EPSILON = 1e-5
+Rival = Callable[[Tensor], Tensor]
 
 
 def benchmarks(smoke: bool = False) -> Iterator[Benchmark]:
@@ -34,38 +35,35 @@ def _inputs(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
     return torch.randn(rows, columns, device=device, dtype=dtype), torch.randn(columns, device=device)
 
 
-def _rivals(gain: Tensor, dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
+def _rivals(gain: Tensor, dtype: torch.dtype) -> dict[str, Rival | str]:
     """Whole functions of x, by name; apex and Liger where the package has theirs: PyPI's apex does not."""
     low = gain.to(dtype)
     compiled = torch.compile(reference)
-    rivals: dict[str, Callable[[Tensor], Tensor]] = {
+
+    def apex(module: Any) -> Rival:
+        return module.FusedRMSNorm(gain.shape[0], eps=EPSILON).to(gain.device, dtype)
+
+    def liger(module: Any) -> Rival:
+        # Gain's offset 0, Llama's casts, dx not over dy.
+        return lambda x: module.LigerRMSNormFunction.apply(x, low, EPSILON, 0.0, "llama", False)
+
+    return {
         "torch": lambda x: reference(x, gain, EPSILON),
         "torch.compile": lambda x: compiled(x, gain, EPSILON),
         "torch.fused": lambda x: torch.nn.functional.rms_norm(x, low.shape, low, EPSILON),
+        "apex": when_importable("apex.normalization", apex),
+        "liger": when_importable("liger_kernel.ops.rms_norm", liger),
     }
-    try:
-        from apex.normalization import FusedRMSNorm
-
-        norm = FusedRMSNorm(gain.shape[0], eps=EPSILON).to(gain.device, dtype)
-        rivals["apex"] = lambda x: norm(x)
-    except ImportError:  # absent, another project, or built without its kernels
-        pass
-    try:
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-        # Gain's offset 0, Llama's casts, dx not over dy.
-        rivals["liger"] = lambda x: LigerRMSNormFunction.apply(x, low, EPSILON, 0.0, "llama", False)
-    except ImportError:
-        pass
-    return rivals
 
 
 def _forward(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, Callable[[], Any]]:
+) -> dict[str, Callable[[], Any] | str]:
     x, gain = _inputs(rows, columns, dtype, device)
-    runs: dict[str, Callable[[], Any]] = {"megatsp": lambda: rms_norm(x, gain, EPSILON)}
-    return runs | {name: partial(rival, x) for name, rival in _rivals(gain, dtype).items()}
+    runs: dict[str, Callable[[], Any] | str] = {"megatsp": lambda: rms_norm(x, gain, EPSILON)}
+    for name, rival in _rivals(gain, dtype).items():
+        runs[name] = rival if isinstance(rival, str) else partial(rival, x)
+    return runs
 
 
 def _add(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Any]]:
@@ -80,7 +78,7 @@ def _add(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> d
 
 def _backward(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, Callable[[], Any]]:
+) -> dict[str, Callable[[], Any] | str]:
     """Rivals add the residual's gradient after theirs of x."""
     x, gain = _inputs(rows, columns, dtype, device)
     dy, dresidual = torch.randn_like(x), torch.randn_like(x)
@@ -91,7 +89,9 @@ def _backward(
         wanted = dict(retain_graph=True, allow_unused=True)  # apex's gain is a parameter of its own
         return lambda: torch.autograd.grad(y, [leaf, gain], dy, **wanted)[0].float() + dresidual
 
-    runs: dict[str, Callable[[], Any]] = {
+    runs: dict[str, Callable[[], Any] | str] = {
         "megatsp": lambda: rms_norm_backward(dy, x, gain.detach(), EPSILON, dresidual)
     }
-    return runs | {name: timed(rival(leaf)) for name, rival in _rivals(gain, dtype).items()}
+    for name, rival in _rivals(gain, dtype).items():
+        runs[name] = rival if isinstance(rival, str) else timed(rival(leaf))
+    return runs

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatsp_kernels.benchmark import Benchmark
+from megatsp_kernels.benchmark import Benchmark, when_importable
 from megatsp_kernels.rotary import rotate
 from megatsp_kernels.rotary.reference import rotate as reference
 
@@ -36,22 +36,22 @@ def _table(tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tenso
 
 def _forward(
     heads: int, tokens: int, width: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, Callable[[], Any]]:
+) -> dict[str, Callable[[], Any] | str]:
     projected = torch.randn(1, tokens, 3 * heads, width, device=device, dtype=dtype)
     x, (cos, sin) = projected[:, :, :heads].transpose(1, 2), _table(tokens, width, device)
     compiled = torch.compile(reference)
-    runs: dict[str, Callable[[], Any]] = {
+
+    def liger(module: Any) -> Callable[[], Any]:
+        # It rotates two tensors at once, with angles for whole heads [1, T, d]: half of the heads each.
+        whole = [torch.cat([t, t], -1)[None] for t in (cos, sin)]
+        return lambda: module.LigerRopeFunction.apply(*x.chunk(2, 1), *whole)
+
+    return {
         "megatsp": lambda: rotate(x, cos, sin),
         "torch": lambda: reference(x, cos, sin),
         "torch.compile": lambda: compiled(x, cos, sin),
+        "liger": when_importable("liger_kernel.ops.rope", liger),
     }
-    try:
-        from liger_kernel.ops.rope import LigerRopeFunction
-    except ImportError:
-        return runs
-    # It rotates two tensors at once, with angles for whole heads [1, T, d]: half of the heads each.
-    whole = [torch.cat([t, t], -1)[None] for t in (cos, sin)]
-    return runs | {"liger": lambda: LigerRopeFunction.apply(*x.chunk(2, 1), *whole)}
 
 
 def _backward(
