@@ -10,6 +10,7 @@ No GPU is needed. TRITON_INTERPRET must not be set.
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -152,7 +153,12 @@ def compile_job(job: Job) -> Row:
 def _row(job: Job, compiled: Compiled | CompileError) -> Row:
     variant = _variants(job.op, job.target)[job.index]
     wrong = problems(compiled, variant)
-    constants = ", ".join(f"{name}={value}" for name, value in variant.constants.items())
+    namesakes = [v for v in _variants(job.op, job.target) if v.label == variant.label]
+    constants = ", ".join(
+        f"{name}={value}"
+        for name, value in variant.constants.items()
+        if any(other.constants.get(name) != value for other in namesakes)
+    )
     label = f"{variant.label} ({constants})" if constants else variant.label
     return Row(
         job, label, describe(variant.config), compiled if isinstance(compiled, Compiled) else None, wrong
@@ -215,7 +221,7 @@ spills, no scratch, matrix instructions where there are products, system scope w
 for, shared memory within the chip's limit, no atomic sums of floating-point numbers.
 
 {LEGEND}
-{tables}"""
+{re.sub(" {2,}|-{4,}", lambda run: run[0][:3].replace("   ", " "), tables)}"""
 
 
 if __name__ == "__main__":
