@@ -37,9 +37,9 @@ class Instructions:
 
 
 def has_system_scope(asm: str, target: str) -> bool:
-    """Whether there is an acquire or a release at system scope."""
+    """Whether there are acquires and releases at system scope."""
     found = count(asm, target)
-    return found.system_acquires + found.system_releases > 0
+    return found.system_acquires > 0 and found.system_releases > 0
 
 
 def count(asm: str, target: str) -> Instructions:

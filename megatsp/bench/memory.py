@@ -13,7 +13,7 @@ not beside a group that exists.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -94,11 +94,15 @@ def simulated_peak(config: Config, world_size: int) -> StepMemory:
 def one_rank_memory(config: Config, world_size: int, rank: int, device: torch.device) -> StepMemory:
     """As `simulated_memory`, but computed on `device`: the true peak of a rank whose peers are not there.
 
-    What should arrive from peers is left as it was or is this rank's own, so losses mean nothing.
+    What should arrive from peers is left as it was or is this rank's own, so losses mean nothing. Weights
+    travel by collectives: there is no peer whose memory could be read.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
+        ValueError: a GPU is asked for and there is none, or parallel.overlap=fused.
     """
+    if config.parallel.overlap == "fused":
+        raise ValueError("parallel.overlap=fused needs peers, which one rank alone has not: use collective")
+    config = replace(config, parallel=replace(config.parallel, overlap="collective"))
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(

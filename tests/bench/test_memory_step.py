@@ -182,3 +182,8 @@ def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="needs a GPU, and torch sees none"):
         one_rank_memory(config(1, "launch.device=cuda"), 1, 0, torch.device("cuda"))
     assert not dist.is_initialized()
+
+
+def test_one_rank_alone_has_no_peers_to_read_from():
+    with pytest.raises(ValueError, match="parallel.overlap=fused needs peers.*use collective"):
+        one_rank_memory(config(2, "parallel.tsp=2 parallel.overlap=fused"), 2, 0, CPU)

@@ -93,7 +93,7 @@ def test_without_products_there_is_no_intensity():
 def test_only_system_scope_counts_as_such(target, line, acquires, releases):
     found = count(f"\t{line}\n", target)
     assert (found.system_acquires, found.system_releases) == (acquires, releases)
-    assert has_system_scope(f"\t{line}\n", target) == bool(acquires or releases)
+    assert has_system_scope(f"\t{line}\n", target) == bool(acquires and releases)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ class Exchange:
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """a [n, h] times b [h, m]; whatever is on its way arrives meanwhile. See `op.matmul_pull`."""
-        return matmul_pull(a, b, self._take())
+        job = self._take()
+        return a @ b if job is None else matmul_pull(a, b, job)
 
     def collect(self, outs: Sequence[Tensor]) -> "Collected":
         """Begins the gradient whose sum over ranks is to fill these fp32 [h/D, n_i]. See `op.reduce`.
