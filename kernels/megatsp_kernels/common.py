@@ -6,7 +6,9 @@ a chip is the one used; `scripts/bench/kernels.py --tune` measures the others.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,6 +64,11 @@ def target_of(device: torch.device) -> str:
             f"Triton kernels run on a GPU; the tensors are on {device.type} (TRITON_INTERPRET=1, set before "
             "Python starts, runs them on a CPU for tests: slowly)"
         )
+    return _chip(device)
+
+
+@cache
+def _chip(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]
@@ -81,7 +88,8 @@ def launch(kernel: Any, grid: tuple[int, ...], table: Table, *args: Any, **const
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
     config, target = choose(table, device)
-    kernel[grid](*args, **config.blocks, **constants, **config.options(target))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **config.blocks, **constants, **config.options(target))
 
 
 def check_tensors(op: str, dtypes: Sequence[torch.dtype], **tensors: Tensor) -> None:
