@@ -1,5 +1,7 @@
 """Which kernels are chosen, what is refused; and the model on Triton's equals the dense reference."""
 
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -70,3 +72,24 @@ def test_four_ranks():
         triton(1, "selective", tp=2, cp=2, kv_exchange="ulysses", num_query_groups=4, attention_buckets=1),
     ]
     check(found, 4, fp32_bound)
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it fails
+import torch
+import megatsp.training.run
+from megatsp.kernels import choose_kernels
+from megatsp.schema import KernelsConfig
+choose_kernels(KernelsConfig(), torch.device("cpu"))
+try:
+    choose_kernels(KernelsConfig(norm="triton"), torch.device("cpu"))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_triton_torch_computes_and_triton_is_refused():
+    found = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("kernels.norm=triton: Triton kernels need triton: pip install")
