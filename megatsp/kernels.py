@@ -10,13 +10,14 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
-from megatsp_kernels.common import target_of
+from megatsp_kernels.common import CHIPS, check_interpreted, chip_of, target_of
 
 from megatsp.cp.fused import FusedBlock
 from megatsp.schema import KernelsConfig
 from megatsp.tsp.loss import TorchLoss, TritonLoss
 from megatsp.tsp.operations import Kernels
 
+_MULTIPLY = ("attention", "loss")  # matrices
 # By key and choice. Modules are imported when they are chosen: Triton, and libraries, may be missing.
 _CHOICES: dict[str, dict[str, Callable[[], Any]]] = {
     "attention": {
@@ -43,14 +44,16 @@ _CHOICES: dict[str, dict[str, Callable[[], Any]]] = {
 
 
 def resolve(config: KernelsConfig, device: torch.device) -> dict[str, str]:
-    """The choice of each operation, `auto` replaced: Triton on a GPU, torch on a CPU."""
-    default = "triton" if device.type == "cuda" else "torch"
+    """The choice of each operation, `auto` replaced: Triton on the GPUs it has tiles for, else torch."""
+    default = "triton" if device.type == "cuda" and chip_of(device) in CHIPS else "torch"
     given = {item.name: getattr(config, item.name) for item in fields(config)}
     return {name: default if choice == "auto" else choice for name, choice in given.items()}
 
 
-def choose_kernels(config: KernelsConfig, device: torch.device, fake: bool = False) -> Kernels:
-    """The operations as `kernels.*` asks for them.
+def choose_kernels(
+    config: KernelsConfig, device: torch.device, dtype: torch.dtype, fake: bool = False
+) -> Kernels:
+    """The operations as `kernels.*` asks for them, to compute in `dtype`.
 
     fake: they will see fake tensors alone, so what can run on `device` does not matter.
 
@@ -64,6 +67,8 @@ def choose_kernels(config: KernelsConfig, device: torch.device, fake: bool = Fal
         try:
             if choice == "triton":
                 target_of(device)
+                if dtype == torch.bfloat16 and name in _MULTIPLY:
+                    check_interpreted("", device)
             elif device.type != "cuda":
                 raise ValueError(f"{choice} computes on a GPU alone")
         except ValueError as error:

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers never asks a server
 os.environ["WANDB_MODE"] = "offline"  # nor does wandb
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; triton reads it when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; triton reads it when it is imported:
+    with suppress(ImportError):  # now, and not in a test that takes it out of the environment
+        import triton  # noqa: F401
 
 
 @pytest.fixture

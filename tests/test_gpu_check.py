@@ -95,3 +95,30 @@ def test_every_kernel_test_is_in_a_part(gpu_check, tmp_path):
 def test_without_a_gpu_it_asks_for_the_smoke_run(gpu_check, capsys, tmp_path):
     assert gpu_check.main(["--out", str(tmp_path)]) == 2
     assert "torch sees no GPU: --cpu-smoke" in capsys.readouterr().err
+
+
+WITHOUT = """
+import sys
+NAMES = {"transformers", "hydra", "omegaconf", "matplotlib", "tokenizers", "wandb", "xdist", "pytest_timeout"}
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in NAMES:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import pytest
+sys.exit(pytest.main([*sys.argv[1:], "--collect-only", "-q"]))
+"""
+
+
+def test_the_kernels_tests_need_torch_triton_and_pytest_alone():
+    options = ["-c", os.devnull, f"--rootdir={ROOT}", str(ROOT / "tests" / "kernels")]
+    paths = [str(ROOT / part) for part in (".", "kernels", "tests", "tests/kernels")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *options], capture_output=True, text=True, env=environment
+    )
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-1000:]

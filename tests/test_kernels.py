@@ -8,6 +8,7 @@ import pytest
 import torch
 from parity import Case, case, check, fp32_bound
 
+from megatsp import kernels
 from megatsp.compose import compose
 from megatsp.kernels import choose_kernels, resolve
 from megatsp.schema import KernelsConfig
@@ -17,7 +18,8 @@ KEYS = [item.name for item in fields(KernelsConfig)]
 TRITON = KernelsConfig(**dict.fromkeys(KEYS, "triton"))
 
 
-def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu():
+def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(kernels, "chip_of", lambda device: "gfx942")
     assert set(resolve(KernelsConfig(), GPU).values()) == {"triton"}
     assert set(resolve(KernelsConfig(), CPU).values()) == {"torch"}
     mixed = KernelsConfig(attention="torch", norm="triton")
@@ -37,13 +39,13 @@ def test_triton_on_a_cpu_without_its_interpreter_is_refused(monkeypatch, key):
     with pytest.raises(
         ValueError, match=rf"kernels.{key}=triton: .*run on a GPU.*or use kernels.{key}=torch"
     ):
-        choose_kernels(replace(KernelsConfig(), **{key: "triton"}), CPU)
+        choose_kernels(replace(KernelsConfig(), **{key: "triton"}), CPU, torch.float32)
 
 
 @pytest.mark.parametrize("choice", [dict(attention="flash_attn"), dict(attention="aiter"), dict(norm="apex")])
 def test_a_gpu_library_on_a_cpu_is_refused(choice):
     with pytest.raises(ValueError, match="computes on a GPU alone; or use kernels"):
-        choose_kernels(KernelsConfig(**choice), CPU)
+        choose_kernels(KernelsConfig(**choice), CPU, torch.float32)
 
 
 def triton(tsp: int = 1, *args: str, **keys: object) -> Case:
@@ -81,15 +83,54 @@ import torch
 import megatsp.training.run
 from megatsp.kernels import choose_kernels
 from megatsp.schema import KernelsConfig
-choose_kernels(KernelsConfig(), torch.device("cpu"))
+choose_kernels(KernelsConfig(), torch.device("cpu"), torch.float32)
 try:
-    choose_kernels(KernelsConfig(norm="triton"), torch.device("cpu"))
+    choose_kernels(KernelsConfig(norm="triton"), torch.device("cpu"), torch.float32)
 except ValueError as error:
     print(error)
+from megatsp_kernels.attention import attention
+from megatsp_kernels.linear_cross_entropy import linear_cross_entropy
+from megatsp_kernels.rms_norm import rms_norm
+from megatsp_kernels.rotary import rotate
+from megatsp_kernels.streamed import matmul_pull
+from megatsp_kernels.swiglu import swiglu
+x, heads = torch.randn(4, 8), torch.randn(1, 2, 4, 8)
+for call in (
+    lambda: attention(heads, heads, heads, 1.0),
+    lambda: linear_cross_entropy(x, x, torch.zeros(4, dtype=torch.int64)),
+    lambda: rms_norm(x, x[0], 1e-5),
+    lambda: rotate(heads, x[:, :4], x[:, :4]),
+    lambda: matmul_pull(x, x.t()),
+    lambda: swiglu(x),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
 """
 
 
 def test_without_triton_torch_computes_and_triton_is_refused():
     found = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("kernels.norm=triton: Triton kernels need triton: pip install")
+    first, *others = found.stdout.splitlines()
+    assert first.startswith("kernels.norm=triton: Triton kernels need triton: pip install")
+    assert len(others) == 6 and all("Triton kernels need triton" in line for line in others)
+
+
+@pytest.mark.parametrize("key", ["attention", "loss"])
+def test_bf16_products_are_not_left_to_the_interpreter(key):
+    with pytest.raises(ValueError, match=rf"kernels.{key}=triton: Triton's interpreter multiplies bf16"):
+        choose_kernels(replace(KernelsConfig(), **{key: "triton"}), CPU, torch.bfloat16)
+
+
+def test_auto_is_torch_on_a_gpu_that_has_no_tiles(monkeypatch):
+    monkeypatch.setattr(kernels, "chip_of", lambda device: "sm_80")
+    assert set(resolve(KernelsConfig(), GPU).values()) == {"torch"}
+
+
+@pytest.mark.parametrize("width", [10, 264])
+def test_a_head_that_the_kernel_does_not_take_is_refused_before_the_first_step(width):
+    case_ = replace(case(1, kv_channels=width), kernels=TRITON)
+    with pytest.raises(AssertionError, match=f"{width}: kernels.attention=triton takes multiples of 8"):
+        check([case_], 1, fp32_bound)

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 OLDEST_TRITON = (3, 6)
 INTERPRETER = "interpreter"
+CHIPS = ("gfx942", "gfx950", "sm_90")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def target_of(device: torch.device) -> str:
     """The chip's name as tables have it; "interpreter" on a CPU.
 
     Raises:
-        ValueError: Triton is missing or too old, or the device is a CPU without TRITON_INTERPRET=1.
+        ValueError: Triton is missing or too old, the device is a CPU without TRITON_INTERPRET=1, or a
+            chip that no table is made for.
     """
     try:
         import triton
@@ -64,11 +67,14 @@ def target_of(device: torch.device) -> str:
             f"Triton kernels run on a GPU; the tensors are on {device.type} (TRITON_INTERPRET=1, set before "
             "Python starts, runs them on a CPU for tests: slowly)"
         )
-    return _chip(device)
+    chip = chip_of(device)
+    if chip not in CHIPS:
+        raise ValueError(f"Triton kernels have tiles for {', '.join(CHIPS)}; this GPU is {chip}")
+    return chip
 
 
 @cache
-def _chip(device: torch.device) -> str:
+def chip_of(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]
@@ -76,10 +82,9 @@ def _chip(device: torch.device) -> str:
 
 
 def choose(table: Table, device: torch.device) -> tuple[Config, str]:
-    """The tiles for this device and the chip's name; a chip without an entry takes its vendor's."""
+    """The tiles for this device, and the chip's name."""
     target = target_of(device)
-    vendor = "gfx942" if target.startswith("gfx") else "sm_90"
-    return table.get(target, table[vendor])[0], target
+    return table[target][0], target
 
 
 def launch(kernel: Any, grid: tuple[int, ...], table: Table, *args: Any, **constants: Any) -> None:
@@ -93,10 +98,10 @@ def launch(kernel: Any, grid: tuple[int, ...], table: Table, *args: Any, **const
 
 
 def check_tensors(op: str, dtypes: Sequence[torch.dtype], **tensors: Tensor) -> None:
-    """All on one device, and of one of `dtypes`.
+    """All on one device where Triton runs, and of one of `dtypes`.
 
     Raises:
-        ValueError: naming the tensor, what it is and what is supported.
+        ValueError: naming the tensor, what it is and what is supported; or as `target_of`.
     """
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
@@ -107,3 +112,26 @@ def check_tensors(op: str, dtypes: Sequence[torch.dtype], **tensors: Tensor) -> 
             )
         if tensor.device != first.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, {first_name} on {first.device}")
+    if not isinstance(first, FakeTensor):
+        target_of(first.device)
+
+
+def check_factor(op: str, factor: Tensor) -> None:
+    """That a tensor can be an operand of matrix products here.
+
+    Raises:
+        ValueError: bf16 in Triton's interpreter, whose products of it are wrong.
+    """
+    if factor.dtype == torch.bfloat16 and not isinstance(factor, FakeTensor):
+        check_interpreted(f"{op}: ", factor.device)
+
+
+def check_interpreted(prefix: str, device: torch.device) -> None:
+    """Raises ValueError if it is the interpreter that would multiply bf16 matrices."""
+    if target_of(device) == INTERPRETER:
+        raise ValueError(f"{prefix}Triton's interpreter multiplies bf16 matrices wrongly: take fp32 or fp16")
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether some of its elements are the same memory, by an expanded dim."""
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -54,4 +54,5 @@ class TrainStep:
         dist.all_reduce(loss)
         clip_gradients(self.gpt, self.config.optimizer.clip_grad)
         self.optimizer.step(self.config.optimizer.lr)
+        self.gpt.engine.check()
         return loss

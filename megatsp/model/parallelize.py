@@ -80,8 +80,7 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
         ValueError: a dtype or head width that a GPU's flash attention does not take;
             parallel.overlap=fused where that is impossible.
     """
-    if axes.device.type == "cuda":
-        _check_gpu(config, axes.device)
+    _check_attention(config, axes.device)
     with torch.device("meta"):
         gpt = GPT(config.model)
     _shard(gpt, config.parallel, axes)
@@ -95,8 +94,10 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
     return gpt
 
 
-def _check_gpu(config: Config, device: torch.device) -> None:
+def _check_attention(config: Config, device: torch.device) -> None:
     attention = resolve(config.kernels, device)["attention"]
+    if attention == "torch" and device.type == "cpu":
+        return  # it takes everything
     if config.trainer.dtype == "fp32" and attention != "triton":
         raise ValueError(
             f"trainer.dtype=fp32: kernels.attention={attention} on a GPU needs bf16; use trainer.dtype=bf16, "
@@ -104,8 +105,8 @@ def _check_gpu(config: Config, device: torch.device) -> None:
         )
     if config.model.kv_channels % 8 or config.model.kv_channels > 256:
         raise ValueError(
-            f"model.kv_channels={config.model.kv_channels}: flash attention on a GPU takes multiples of 8 "
-            "up to 256, or use launch.device=cpu"
+            f"model.kv_channels={config.model.kv_channels}: kernels.attention={attention} takes multiples of "
+            "8 up to 256; kernels.attention=torch with launch.device=cpu takes any"
         )
 
 
@@ -294,7 +295,7 @@ def _attach_streams(gpt: GPT, config: Config, axes: Axes, fake: bool) -> None:
             dtype, config.launch.timeout_s,
         )  # fmt: skip
     attention, mlp, head = (_transport(p, parallel, axes, dtype, overlap) for p in all_parts)
-    kernels = choose_kernels(config.kernels, axes.device, fake)
+    kernels = choose_kernels(config.kernels, axes.device, dtype, fake)
     sequence = sequence_attention(
         parallel.kv_exchange, axes.sequence, axes.cp, axes.tsp, model.kv_channels**-0.5, kernels.attention
     )

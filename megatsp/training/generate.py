@@ -46,6 +46,7 @@ def main(run_folder: Path, prompt: str, tokens: int, temperature: float, seed: i
         text = generate(gpt, axes, tokenizer, prompt, tokens, temperature, seed, config.trainer.seq_length)
         if dist.get_rank() == 0:
             print(text, flush=True)
+        gpt.engine.close()
     finally:
         dist.destroy_process_group()
 
@@ -76,6 +77,7 @@ def generate(
             token = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)[0]
         token = token.to(axes.device)
         dist.broadcast(token, src=0)  # one choice, should logits differ in a last bit
+        gpt.engine.check()
         if token.item() == tokenizer.eod:
             break
         ids.append(int(token.item()))

@@ -35,8 +35,8 @@ def predict(config: Config) -> RankBytes:
 
     weights, gradients, optimizer: fp32 shards. saved_activations: what the layers keep for the
     backward (see tsp/layer.py). gathered: weights on their way and in use; the two largest buckets that
-    stream, two layers under FSDP, and what ranks share under parallel.overlap=fused (auto may come to the
-    same). Not in it: the working memory of the layer being computed.
+    stream, two layers under FSDP, and what ranks share under parallel.overlap=fused, which auto is taken
+    for on a GPU. Not in it: the working memory of the layer being computed.
     """
     shard = sum(_shard_elements(config))
     return RankBytes(
@@ -86,9 +86,14 @@ def _gathered_bytes(config: Config) -> int:
     if _fsdp_ranks(p) > 1:
         columns += 2 * -(-(sum(attention) + sum(mlp)) // p.tsp)
     # Two slots of a slice, and two places for every rank's share of its gradient.
-    fused = p.tsp > 1 and p.overlap == "fused"
+    fused = p.tsp > 1 and (p.overlap == "fused" or (p.overlap == "auto" and _on_gpu(config)))
     shared = fused * max(attention + mlp) * (2 * h // p.tsp * size + 2 * h * FP32)
     return columns * h * size + shared
+
+
+def _on_gpu(config: Config) -> bool:
+    """Whether this machine would run it on a GPU, where automatic transfers are fused if they can be."""
+    return config.launch.device == "cuda" or (config.launch.device == "auto" and torch.cuda.is_available())
 
 
 def _fsdp_ranks(parallel: ParallelConfig) -> int:

@@ -96,7 +96,7 @@ class Training:
         reporter = Reporter(self.config, self.folder, start, self.state.wandb_run_id, self.is_first)
         self.state = replace(self.state, wandb_run_id=_from_first(reporter.wandb_run_id))
         reporter.say(self._greeting(start))
-        reporter.say(f" weights over tsp travel {self.gpt.engine.overlap}")
+        reporter.say(_transfers(str(self.gpt.engine.overlap)))
         interval = Interval(self.config, self.axes)
         due = partial(_is_due, last=settings.train_iters)
         try:
@@ -181,6 +181,7 @@ class Training:
                 )
         reshard(self.gpt)
         nats, tokens, num_bytes = _sum_over_ranks(total).tolist()
+        self.gpt.engine.check()
         return {"val/lm loss": nats / tokens, "val/bits-per-byte": nats / math.log(2) / num_bytes}
 
     def save(self) -> Path:
@@ -294,3 +295,14 @@ def _from_first(text: str) -> str:
     box = [text]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _transfers(overlap: str) -> str:
+    """How weights travel over tsp, as the log says it: each group has chosen for itself."""
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, overlap)
+    kinds = dict.fromkeys(found)
+    if len(kinds) == 1:
+        return f"weights over tsp travel {overlap}"
+    ranks = {kind: ", ".join(str(rank) for rank, own in enumerate(found) if own == kind) for kind in kinds}
+    return "\n".join(f"weights over tsp travel {kind} (ranks {ranks[kind]})" for kind in kinds)

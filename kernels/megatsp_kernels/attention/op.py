@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatsp_kernels.attention import custom_ops
-from megatsp_kernels.common import check_tensors
+from megatsp_kernels.common import check_factor, check_tensors, overlaps_itself
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 256
@@ -158,6 +158,8 @@ def attention_backward_step(
                 f"{name}: {label} must be {tuple(like.shape)} on {like.device}; "
                 f"got {tuple(gradient.shape)} on {gradient.device}"
             )
+        if overlaps_itself(gradient):
+            raise ValueError(f"{name}: {label} is expanded: its strides are {gradient.stride()}")
     _check_layout(name, dout=dout, **{label: gradient for label, (gradient, _) in given.items()})
     add_q, add_kv = dq is not None, dk is not None
     if dq is None:
@@ -205,6 +207,7 @@ def _check(
 ) -> None:
     check_tensors(op, DTYPES, q=q)
     check_tensors(op, [q.dtype], q=q, k=k, v=v)
+    check_factor(op, q)
     integers = dict(q_starts=q_starts, k_starts=k_starts)
     if q_first is not None:
         integers["q_first"] = q_first

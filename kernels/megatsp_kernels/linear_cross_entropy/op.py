@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatsp_kernels.common import check_tensors
+from megatsp_kernels.common import check_factor, check_tensors
 from megatsp_kernels.linear_cross_entropy import buckets
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -138,7 +138,9 @@ def linear_cross_entropy(
 def _check(op: str, x: Tensor, w: Tensor, targets: Tensor, **vectors: Tensor) -> None:
     check_tensors(op, DTYPES, x=x)
     check_tensors(op, (x.dtype,), x=x, w=w)
-    check_tensors(op, (x.dtype, torch.int64, torch.float32), x=x, targets=targets, **vectors)
+    check_tensors(op, (torch.int64,), targets=targets)
+    check_tensors(op, (x.dtype, torch.float32, torch.int64), x=x, targets=targets, **vectors)
+    check_factor(op, x)
     if x.dim() != 2 or not x.is_contiguous():
         raise ValueError(f"{op}: x must be contiguous [n, h]; got {_described(x)}")
     if w.dim() != 2 or w.shape[0] != x.shape[1] or not _one_dim_contiguous(w):
