@@ -3,6 +3,8 @@
 import os
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -120,8 +122,18 @@ def ipc(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> Memor
 
 
 def on_one_host(group: dist.ProcessGroup | None = None) -> bool:
-    """Whether all ranks of the group run on one machine; the same on every rank."""
-    return len(set(_gather(socket.gethostname(), dist.get_world_size(group), group))) == 1
+    """Whether all ranks of the group run on one machine, in one container; the same on every rank."""
+    return len(set(_gather(_host(), dist.get_world_size(group), group))) == 1
+
+
+def _host() -> tuple[str, ...]:
+    """Hostnames repeat, and a process's number names another process in another container."""
+    boot = namespace = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    with suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return socket.gethostname(), boot, namespace
 
 
 def _zeros(num_bytes: int, device: torch.device) -> Tensor:
