@@ -178,7 +178,7 @@ def _open(largest: int, comm: Comm, device: torch.device, dtype: torch.dtype, ti
     from megatsp_kernels.streamed import Exchange, layout_for, probe
 
     if not on_one_host(comm.group):
-        return Overlap(None, "the ranks of the tsp group are on several hosts")
+        return Overlap(None, "the ranks of the tsp group are on several hosts or containers")
     layout = layout_for(comm.size, largest * dtype.itemsize, largest * 4, device)
     failures = []
     for name, make in _providers(layout.num_bytes, device, comm):

@@ -114,7 +114,7 @@ FORCED, END = "parallel.overlap=fused: ", "; use parallel.overlap=auto or collec
         (2, "bf16", {}, [],
          FORCED + "tsp rank 0: Triton's interpreter multiplies bf16 wrongly: trainer.dtype=fp32" + END),
         (2, "fp32", {}, ["a", "b"],
-         FORCED + "the ranks of the tsp group are on several hosts" + END),
+         FORCED + "the ranks of the tsp group are on several hosts or containers" + END),
         (2, "fp32", dict(overlap="auto"), [], "collective: the ranks compute on CPUs"),
         (2, "fp32", dict(overlap="collective"), [], "collective: parallel.overlap=collective"),
         (1, "fp32", {}, [], "collective: one tsp rank: nothing travels"),
