@@ -26,7 +26,7 @@ from megatsp_kernels.streamed import (
     reduce,
 )
 from megatsp_kernels.streamed.bench import benchmarks
-from megatsp_kernels.streamed.op import Pull
+from megatsp_kernels.streamed.op import Pull, reduce_programs
 from megatsp_kernels.streamed.reference import bucket, gradient
 from megatsp_kernels.streamed.reference import matmul as reference
 from torch import Tensor
@@ -108,6 +108,24 @@ def test_a_product_equals_the_reference(n, h, m, dtype):
     memory.check()
 
 
+@pytest.mark.parametrize("stride", [0, 1, 3, 2**21])
+def test_a_dim_of_one_element_may_have_any_stride(stride):
+    memory, row = Poisoned(), randn(1, 7)
+    storage = memory.of(row)
+    for a, b in (
+        (storage.as_strided((1, 7), (stride, 1)), memory.of(randn(7, 5))),
+        (memory.of(randn(5, 7)), storage.as_strided((7, 1), (1, stride))),
+        (storage.as_strided((7, 1), (1, stride)), storage.as_strided((1, 7), (stride, 1))),
+    ):
+        assert_near([matmul_pull(a, b)], [a @ b], [reference(a.double(), b.double())])
+        exchange, out = exchanges(1, a.shape[0])[0], memory.empty(a.shape[0], b.shape[1])
+        collected = exchange.collect([out])
+        collected.add(a, b, 0)
+        collected.wait()
+        assert_near([out], [a @ b], [reference(a.double(), b.double())])
+    memory.check()
+
+
 @pytest.mark.parametrize(
     ("ranks", "rows", "dtype"), [(1, 5, DTYPES[1]), (2, 1, DTYPES[1]), (3, 7, DTYPES[0])]
 )
@@ -155,7 +173,7 @@ def test_counters_wrap_around():
         flags[::32] = 2**31 - 2
         exchange._epoch = exchange._gradient_epoch = exchange._arrived = 2**31 - 2
         layout = exchange.layout
-        programs = 2 if DEVICE.type == "cpu" else 0
+        programs = reduce_programs(DEVICE)
         first, last = layout.freed // 4, layout.failed // 4
         flags[first:last:32] = (programs * (2**31 - 2) + 2**31) % 2**32 - 2**31
     for epoch in range(1, 5):
@@ -367,13 +385,19 @@ def refusals() -> list[tuple]:
     (exchange,) = exchanges(1, 4)
     peers, ok = exchange.peers, torch.zeros(4, 4, device=DEVICE)
     job = Pull(peers, 1, torch.zeros(4, 16, device=DEVICE))
-    wide = ok.double()
+    wide, long = ok.double(), torch.zeros(2**21 + 4, device=DEVICE).as_strided((2, 4), (2**21, 1))
+    copy = r"use .contiguous\(\)"
     return [
         (lambda: matmul_pull(wide, wide), "a is float64; it takes float32, float16, bfloat16"),
         (lambda: matmul_pull(ok, ok.half()), r"of one dtype; got \(4, 4\) torch.float32 and .*float16"),
         (lambda: matmul_pull(ok, ok[:3]), r"a \[n, k\] and b \[k, m\].*got \(4, 4\)"),
         (lambda: matmul_pull(ok[::2, ::2], ok[:2]), r"a must have a stride of 1.*use .contiguous\(\)"),
-        (lambda: matmul_pull(ok.as_strided((1, 4), (2**21, 1)), ok), "no stride or row of 2097152 or more"),
+        (lambda: matmul_pull(long, ok), "no stride or row of 2097152 or more"),
+        (lambda: matmul_pull(ok[:1].expand(4, 4), ok), rf"a must .* strides \(0, 1\): {copy}"),
+        (lambda: matmul_pull(ok, ok[:, :1].expand(4, 4)), rf"b must .* strides \(4, 0\): {copy}"),
+        (lambda: matmul_pull(ok[0, 0].expand(4, 4), ok, job), rf"a must .* strides \(0, 0\): {copy}"),
+        (lambda: matmul_scatter(ok[:, :1].expand(4, 4), ok, peers, 1, 0, 0, 16), r"a .* strides \(4, 0\)"),
+        (lambda: matmul_scatter(ok, ok[:1].expand(4, 4), peers, 1, 0, 0, 16), r"b .* strides \(0, 1\)"),
         (lambda: matmul_pull(ok, ok, replace(job, landing=ok[0])), r"landing must be contiguous \[h, R\]"),
         (lambda: pull(replace(job, landing=ok.new_zeros(4, 99))), "1584 bytes, but the layout's slice_bytes"),
         (lambda: publish(peers, 1, [], torch.float32), "one to 4 column ranges; got 0"),
@@ -384,10 +408,12 @@ def refusals() -> list[tuple]:
         (lambda: matmul_scatter(ok, ok, peers, 1, 0, 13, 16), "columns 13 to 17 lie in 16"),
         (lambda: matmul_scatter(ok, ok, peers, 1, 0, 0, 99), "1584 bytes, but the layout's gradient_bytes"),
         (lambda: reduce(peers, 1, 0, [ok.half()]), r"columns\[0\] is float16; it takes float32"),
+        (lambda: reduce(peers, 1, 0, [ok, ok[:1].expand(4, 4)]), r"columns\[1\] .* strides \(0, 1\)"),
+        (lambda: exchange.collect([ok[:, :1].expand(4, 4)]), r"collect: .* itself.* strides \(4, 0\)"),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(15))
+@pytest.mark.parametrize("index", range(22))
 def test_what_it_does_not_take_is_refused(index):
     call, message = refusals()[index]
     with pytest.raises(ValueError, match=message):

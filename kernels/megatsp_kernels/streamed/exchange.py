@@ -10,6 +10,7 @@ from megatsp_kernels.peers import Layout, Memory, Status
 from megatsp_kernels.streamed.op import (
     Peers,
     Pull,
+    check_outs,
     matmul_pull,
     matmul_scatter,
     publish,
@@ -83,8 +84,10 @@ class Exchange:
 
         Raises:
             PeerError: an earlier wait has failed.
+            ValueError: outs that `op.reduce` does not take.
         """
         self.check()
+        check_outs("collect", outs)
         while len(self._collected) > 1:  # there is room for two
             self._collected[0].wait()
         self._gradient_epoch += 1

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatsp_kernels.common import check_tensors, choose, launch
+from megatsp_kernels.common import Table, check_tensors, choose, launch
 from megatsp_kernels.peers import Layout, Memory, Status
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -86,7 +86,7 @@ def matmul_pull(a: Tensor, b: Tensor, job: Pull | None = None) -> Tensor:
     """a times b, summed in fp32; beside it, in the same kernel, some programs do `job`.
 
     Args:
-        a: [n, h], b: [h, m]: fp32, fp16 or bf16, alike; each with a stride of 1.
+        a: [n, h], b: [h, m]: fp32, fp16 or bf16, alike; each with a stride of 1 and none of 0.
     Returns:
         [n, m], contiguous, like a.
     Raises:
@@ -113,9 +113,7 @@ def matmul_pull(a: Tensor, b: Tensor, job: Pull | None = None) -> Tensor:
 
 def scatter_tiles(peers: Peers, a: Tensor, b: Tensor) -> int:
     """Tiles that `matmul_scatter` of these sends to each owner."""
-    from megatsp_kernels.streamed.triton import SCATTER
-
-    config, _ = choose(SCATTER, a.device)
+    config, _ = choose(_scatter_table(a.dtype), a.device)
     row_tiles = -(-(a.shape[0] // peers.layout.ranks) // config.blocks["BM"])
     return row_tiles * -(-b.shape[1] // config.blocks["BN"])
 
@@ -126,7 +124,7 @@ def matmul_scatter(
     """a times b, summed in fp32: each tile goes, in fp32, to the rank that owns its rows.
 
     Args:
-        a: [h, n], b: [n, m]: fp32, fp16 or bf16, alike; each with a stride of 1.
+        a: [h, n], b: [n, m]: fp32, fp16 or bf16, alike; each with a stride of 1 and none of 0.
         epoch: of the gradient; from 1 on.
         freed: how many summing programs must have ended with each owner before its place is written.
         first: where in the gradient's `width` columns those of b begin.
@@ -161,11 +159,11 @@ def reduce(peers: Peers, epoch: int, arrived: int, outs: Sequence[Tensor]) -> No
 
     Args:
         arrived: how many tiles must have come from each rank, since the first epoch.
-        outs: one to four [h/D, n_i] in fp32, any strides: the gradient's columns in order.
+        outs: one to four [h/D, n_i] in fp32, any strides but 0: the gradient's columns in order.
     Raises:
-        ValueError: other dtypes or shapes, no room in the layout, no GPU, no triton.
+        ValueError: other dtypes, shapes or strides, no room in the layout, no GPU, no triton.
     """
-    rows, width = _check_parts("reduce", outs, (torch.float32,))
+    rows, width = check_outs("reduce", outs)
     layout = peers.layout
     _check_room("reduce", 4 * rows * width, layout.gradient_bytes, "gradient_bytes")
     numbers = [peers.max_spins, peers.memory.rank, layout.arrived, layout.freed, layout.failed]
@@ -173,6 +171,22 @@ def reduce(peers: Peers, epoch: int, arrived: int, outs: Sequence[Tensor]) -> No
         peers.memory.table, peers.status.tensor, list(outs), layout.staging(epoch), layout.source_bytes,
         _int32(arrived), layout.ranks, numbers,
     )  # fmt: skip
+
+
+def check_outs(op: str, outs: Sequence[Tensor]) -> tuple[int, int]:
+    """Rows and the sum of widths of what `reduce` can fill.
+
+    Raises:
+        ValueError: other dtypes or shapes than `reduce` takes, or an expanded tensor.
+    """
+    rows, width = _check_parts(op, outs, (torch.float32,))
+    for i, out in enumerate(outs):
+        if 0 in _strides(out):
+            raise ValueError(
+                f"{op}: columns[{i}] overlaps itself: got {tuple(out.shape)} with strides {out.stride()}; "
+                "pass one made by .contiguous()"
+            )
+    return rows, width
 
 
 def _check_parts(op: str, parts: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[int, int]:
@@ -196,10 +210,12 @@ def _check_factors(op: str, a: Tensor, b: Tensor) -> None:
             f"{tuple(b.shape)} {b.dtype}"
         )
     for name, tensor in (("a", a), ("b", b)):
-        if tensor.numel() and (1 not in tensor.stride() or max(*tensor.stride(), b.shape[1]) >= _STRIDES):
+        strides = _strides(tensor)
+        if 1 not in strides or 0 in strides or (tensor.numel() and max(*strides, b.shape[1]) >= _STRIDES):
             raise ValueError(
-                f"{op}: {name} must have a stride of 1, and no stride or row of {_STRIDES} or more; got "
-                f"{tuple(tensor.shape)} with strides {tensor.stride()}: use .contiguous()"
+                f"{op}: {name} must have a stride of 1, none of 0 (expanded), and no stride or row of "
+                f"{_STRIDES} or more; got {tuple(tensor.shape)} with strides {tensor.stride()}: "
+                "use .contiguous()"
             )
 
 
@@ -220,9 +236,24 @@ def _int32(number: int) -> int:
     return (number + 2**31) % 2**32 - 2**31
 
 
-def _strides(tensor: Tensor, dim: int) -> int:
-    """A stride that is positive, whatever torch says of a dim of one element."""
-    return max(1, tensor.stride(dim))
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides, but 1 where none is ever taken, whatever torch says: a dim of one element, an empty tensor."""
+    return [
+        stride if size > 1 and tensor.numel() else 1
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+
+
+def _matmul_table(dtype: torch.dtype) -> Table:
+    from megatsp_kernels.streamed.triton import MATMUL, MATMUL_FP32
+
+    return MATMUL_FP32 if dtype == torch.float32 else MATMUL
+
+
+def _scatter_table(dtype: torch.dtype) -> Table:
+    from megatsp_kernels.streamed.triton import SCATTER, SCATTER_FP32
+
+    return SCATTER_FP32 if dtype == torch.float32 else SCATTER
 
 
 @torch.library.custom_op("megatsp::streamed_publish", mutates_args=("status",))
@@ -260,17 +291,17 @@ def _launch_matmul(
     a: Tensor, b: Tensor, landing: Tensor, table: Tensor, status: Tensor, slot: int, epoch: int,
     ranks: int, pieces: int, numbers: list[int], pulls: bool,
 ) -> Tensor:  # fmt: skip
-    from megatsp_kernels.streamed.triton import MATMUL, matmul_pull_kernel
+    from megatsp_kernels.streamed.triton import matmul_pull_kernel
 
     spins, me, ready, pulled, failed = numbers
+    configs = _matmul_table(a.dtype)
     out = a.new_empty(a.shape[0], b.shape[1])
-    blocks = choose(MATMUL, a.device)[0].blocks
+    blocks = choose(configs, a.device)[0].blocks
     tiles = -(-out.shape[0] // blocks["BM"]) * -(-out.shape[1] // blocks["BN"])
     launch(
-        matmul_pull_kernel, (tiles + pulls * blocks["PULLS"],), MATMUL, table, status, landing, a, b, out,
+        matmul_pull_kernel, (tiles + pulls * blocks["PULLS"],), configs, table, status, landing, a, b, out,
         landing.shape[0] // ranks, landing.shape[1], slot, epoch, me, spins, ready, pulled, failed,
-        *out.shape, a.shape[1], _strides(a, 0), _strides(a, 1), _strides(b, 0), _strides(b, 1),
-        PULL=pulls, RANKS=ranks, PIECES=pieces,
+        *out.shape, a.shape[1], *_strides(a), *_strides(b), PULL=pulls, RANKS=ranks, PIECES=pieces,
     )  # fmt: skip
     return out
 
@@ -280,16 +311,16 @@ def _matmul_scatter(
     a: Tensor, b: Tensor, table: Tensor, status: Tensor, staging: int, source_bytes: int, target: int,
     first: int, width: int, ranks: int, numbers: list[int],
 ) -> None:  # fmt: skip
-    from megatsp_kernels.streamed.triton import SCATTER, matmul_scatter_kernel
+    from megatsp_kernels.streamed.triton import matmul_scatter_kernel
 
     spins, me, arrived, freed, failed = numbers
-    blocks, rows = choose(SCATTER, a.device)[0].blocks, a.shape[0] // ranks
+    configs = _scatter_table(a.dtype)
+    blocks, rows = choose(configs, a.device)[0].blocks, a.shape[0] // ranks
     tiles = ranks * -(-rows // blocks["BM"]) * -(-b.shape[1] // blocks["BN"])
     launch(
-        matmul_scatter_kernel, (tiles,), SCATTER, table, status, a, b,
+        matmul_scatter_kernel, (tiles,), configs, table, status, a, b,
         staging, source_bytes, target, me, spins, arrived, freed, failed,
-        rows, first, width, b.shape[1], a.shape[1],
-        _strides(a, 0), _strides(a, 1), _strides(b, 0), _strides(b, 1), RANKS=ranks,
+        rows, first, width, b.shape[1], a.shape[1], *_strides(a), *_strides(b), RANKS=ranks,
     )  # fmt: skip
 
 

@@ -37,6 +37,13 @@ MATMUL = {
     ],
     "interpreter": [Config(dict(BM=32, BN=32, BK=32, PULLS=1, COPY=64, GROUP=2, XCDS=1, DRAIN=0))],
 }
+# fp32 without shortcuts through lower precision: for tests and small models, not for speed.
+MATMUL_FP32 = {
+    "gfx942": [Config(dict(BM=64, BN=64, BK=32, **_PULL_GFX, **_GFX), num_warps=4, amd=_CDNA)],
+    "gfx950": [Config(dict(BM=64, BN=64, BK=32, **_PULL_GFX, **_GFX), num_warps=4, amd=_CDNA)],
+    "sm_90": [Config(dict(BM=64, BN=64, BK=32, **_PULL_SM90, **_SM90), num_warps=4)],
+    "interpreter": MATMUL["interpreter"],
+}
 # An owner's h/D rows are few: smaller tiles fill the CUs, and leave registers to address the owner.
 SCATTER = {
     "gfx942": [
@@ -49,6 +56,12 @@ SCATTER = {
         Config(dict(BM=128, BN=128, BK=64, **_SM90), num_warps=4, num_stages=3),
     ],
     "interpreter": [Config(dict(BM=32, BN=32, BK=32, XCDS=1, DRAIN=0))],
+}
+SCATTER_FP32 = {
+    "gfx942": [Config(dict(BM=64, BN=64, BK=32, **_GFX), num_warps=4, amd=_CDNA)],
+    "gfx950": [Config(dict(BM=64, BN=64, BK=32, **_GFX), num_warps=4, amd=_CDNA)],
+    "sm_90": [Config(dict(BM=64, BN=64, BK=32, **_SM90), num_warps=4)],
+    "interpreter": SCATTER["interpreter"],
 }
 # Bound by memory. A tile is transposed on the way where a weight is stored the other way round.
 PUBLISH = {
@@ -64,7 +77,7 @@ REDUCE = {
     "sm_90": [Config(dict(ROWS=32, COLUMNS=64, PROGRAMS=264, DRAIN=0))],
     "interpreter": [Config(dict(ROWS=4, COLUMNS=16, PROGRAMS=2, DRAIN=0))],
 }
-_FIXED = ["epoch", "target", "tiles", "me", "max_spins", "first"]
+_FIXED = ["epoch", "target", "me", "max_spins", "first"]
 
 
 @triton.jit
@@ -317,10 +330,14 @@ def reduce_kernel(
 _PARTS = {f"p_part{i}": "*fp32" for i in range(4)}
 _SIZES = {f"{name}{i}": "i32" for name in ("width", "row", "column") for i in range(4)}
 _PEERS = dict(p_table="*i64", p_status="*i32")
+_SUFFIX = {"*bf16": "", "*fp32": " in fp32"}
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every kernel of this file with every config of a chip, as op.py launches it in bf16 on 8 ranks."""
+    """Every kernel of this file with every config of a chip, as op.py launches it on 8 ranks.
+
+    In bf16; products in fp32, too.
+    """
     # Gate, up and down: two weights lie the other way round (rows one apart), one does not.
     layout = dict(row0=1, row1=1, row2="i32", row3=1, column0="i32", column1="i32", column2=1, column3="i32")
     sizes = {k: v for k, v in (_SIZES | layout).items() if v == "i32"}
@@ -333,38 +350,15 @@ def variants(target: str) -> Iterator[Variant]:
         constants = dict(DTYPE=tl.bfloat16, PARTS=3, PIECES=64, RANKS=8, **ones)
         aligned = ("columns", "slot", "ready", "pulled", "failed", *sizes)
         yield Variant(publish_kernel, "streamed/publish", signature, constants, config, aligned, waits=True)
-    for config in MATMUL[target]:
-        signature = _PEERS | dict(
-            p_landing="*bf16", p_a="*bf16", p_b="*bf16", p_out="*bf16",
-            slice_rows="i32", slice_columns="i32", slot="i32", epoch="i32", me="i32", max_spins="i32",
-            ready="i32", pulled="i32", failed="i32",
-            rows="i32", columns="i32", depth="i32", a_row="i32", b_depth="i32",
-        )  # fmt: skip
-        aligned = (
-            "slice_rows", "slice_columns", "slot", "ready", "pulled", "failed",
-            "rows", "columns", "depth", "a_row", "b_depth",
-        )  # fmt: skip
-        for pull in (False, True):
-            label = "streamed/matmul_pull" if pull else "streamed/matmul"
-            constants = dict(PULL=pull, PIECES=64, a_depth=1, b_column=1, RANKS=8)
-            yield Variant(
-                matmul_pull_kernel, label, signature, constants, config, aligned, matrix=True, waits=pull
-            )
-    for config in SCATTER[target]:
-        signature = _PEERS | dict(
-            p_a="*bf16", p_b="*bf16", staging="i32", source_bytes="i32", target="i32", me="i32",
-            max_spins="i32", arrived="i32", freed="i32", failed="i32",
-            rows="i32", first="i32", wide="i32", columns="i32", depth="i32", a_depth="i32", b_depth="i32",
-        )  # fmt: skip
-        aligned = (
-            "staging", "source_bytes", "arrived", "freed", "failed",
-            "rows", "wide", "columns", "depth", "a_depth", "b_depth",
-        )  # fmt: skip
-        constants = dict(a_row=1, b_column=1, RANKS=8)
-        yield Variant(
-            matmul_scatter_kernel, "streamed/matmul_scatter", signature, constants, config, aligned,
-            matrix=True, waits=True,
-        )  # fmt: skip
+    # sm_90 has no matrix instructions for whole fp32.
+    for dtype, matrix, matmul, scatter in (
+        ("*bf16", True, MATMUL, SCATTER),
+        ("*fp32", target != "sm_90", MATMUL_FP32, SCATTER_FP32),
+    ):
+        for config in matmul[target]:
+            yield from _matmul_variants(config, dtype, matrix)
+        for config in scatter[target]:
+            yield _scatter_variant(config, dtype, matrix)
     for config in REDUCE[target]:
         signature = parts | dict(
             staging="i32", source_bytes="i32", target="i32", me="i32", max_spins="i32", arrived="i32",
@@ -373,3 +367,35 @@ def variants(target: str) -> Iterator[Variant]:
         aligned = ("columns", "staging", "source_bytes", "arrived", "freed", "failed", *sizes)
         constants = dict(PARTS=3, RANKS=8, **ones)
         yield Variant(reduce_kernel, "streamed/reduce", signature, constants, config, aligned, waits=True)
+
+
+def _matmul_variants(config: Config, dtype: str, matrix: bool) -> Iterator[Variant]:
+    """Without and with a pull beside the product."""
+    signature = _PEERS | dict(
+        p_landing=dtype, p_a=dtype, p_b=dtype, p_out=dtype,
+        slice_rows="i32", slice_columns="i32", slot="i32", epoch="i32", me="i32", max_spins="i32",
+        ready="i32", pulled="i32", failed="i32",
+        rows="i32", columns="i32", depth="i32", a_row="i32", b_depth="i32",
+    )  # fmt: skip
+    aligned = (
+        "slice_rows", "slice_columns", "slot", "ready", "pulled", "failed",
+        "rows", "columns", "depth", "a_row", "b_depth",
+    )  # fmt: skip
+    for pull in (False, True):
+        label = ("streamed/matmul_pull" if pull else "streamed/matmul") + _SUFFIX[dtype]
+        constants = dict(PULL=pull, PIECES=64, a_depth=1, b_column=1, RANKS=8)
+        yield Variant(matmul_pull_kernel, label, signature, constants, config, aligned, matrix, waits=pull)
+
+
+def _scatter_variant(config: Config, dtype: str, matrix: bool) -> Variant:
+    signature = _PEERS | dict(
+        p_a=dtype, p_b=dtype, staging="i32", source_bytes="i32", target="i32", me="i32",
+        max_spins="i32", arrived="i32", freed="i32", failed="i32",
+        rows="i32", first="i32", wide="i32", columns="i32", depth="i32", a_depth="i32", b_depth="i32",
+    )  # fmt: skip
+    aligned = (
+        "staging", "source_bytes", "arrived", "freed", "failed",
+        "rows", "wide", "columns", "depth", "a_depth", "b_depth",
+    )  # fmt: skip
+    label, constants = "streamed/matmul_scatter" + _SUFFIX[dtype], dict(a_row=1, b_column=1, RANKS=8)
+    return Variant(matmul_scatter_kernel, label, signature, constants, config, aligned, matrix, waits=True)
