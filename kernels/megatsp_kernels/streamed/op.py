@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatsp_kernels.common import Table, check_tensors, choose, launch
+from megatsp_kernels.common import Table, check_factor, check_tensors, choose, launch
 from megatsp_kernels.peers import Layout, Memory, Status
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -204,6 +204,8 @@ def _check_parts(op: str, parts: Sequence[Tensor], dtypes: Sequence[torch.dtype]
 
 def _check_factors(op: str, a: Tensor, b: Tensor) -> None:
     check_tensors(op, DTYPES, a=a, b=b)
+    if a.numel():
+        check_factor(op, a)
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
         raise ValueError(
             f"{op}: a [n, k] and b [k, m] of one dtype; got {tuple(a.shape)} {a.dtype} and "
