@@ -216,8 +216,8 @@ def document(tables: str) -> str:
     return f"""# Kernels compiled ahead of time
 
 Made by `python scripts/aot_report.py` ({made}); nothing here was
-run on a GPU. bf16 operands. The first config of a kernel is the one used. The same program is the gate: no
-spills, no scratch, matrix instructions where there are products, system scope where other GPUs are waited
+run on a GPU. bf16 operands, unless a name says fp32. The first config of a kernel is the one used. The same
+program is the gate: no spills, no scratch, matrix instructions where there are products, system scope where other GPUs are waited
 for, shared memory within the chip's limit, no atomic sums of floating-point numbers.
 
 {LEGEND}
