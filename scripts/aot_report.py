@@ -217,8 +217,8 @@ def document(tables: str) -> str:
 
 Made by `python scripts/aot_report.py` ({made}); nothing here was
 run on a GPU. bf16 operands, unless a name says fp32. The first config of a kernel is the one used. The same
-program is the gate: no spills, no scratch, matrix instructions where there are products, system scope where other GPUs are waited
-for, shared memory within the chip's limit, no atomic sums of floating-point numbers.
+program is the gate: no spills, no scratch, matrix instructions where there are products, system scope where
+other GPUs are waited for, shared memory within the chip's limit, no atomic sums of floating-point numbers.
 
 {LEGEND}
 {re.sub(" {2,}|-{4,}", lambda run: run[0][:3].replace("   ", " "), tables)}"""
