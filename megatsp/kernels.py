@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
-from megatsp_kernels.common import CHIPS, check_interpreted, chip_of, target_of
+from megatsp_kernels.common import TARGETS, check_interpreted, chip_of, target_of
 
 from megatsp.cp.fused import FusedBlock
 from megatsp.schema import KernelsConfig
@@ -45,7 +45,7 @@ _CHOICES: dict[str, dict[str, Callable[[], Any]]] = {
 
 def resolve(config: KernelsConfig, device: torch.device) -> dict[str, str]:
     """The choice of each operation, `auto` replaced: Triton on the GPUs it has tiles for, else torch."""
-    default = "triton" if device.type == "cuda" and chip_of(device) in CHIPS else "torch"
+    default = "triton" if device.type == "cuda" and chip_of(device) in TARGETS else "torch"
     given = {item.name: getattr(config, item.name) for item in fields(config)}
     return {name: default if choice == "auto" else choice for name, choice in given.items()}
 

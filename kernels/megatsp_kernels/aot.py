@@ -9,7 +9,7 @@ from typing import Any
 
 from megatsp_kernels.assembly import Instructions, count, has_system_scope
 from megatsp_kernels.chips import CHIPS, Occupancy, occupancy
-from megatsp_kernels.common import Config
+from megatsp_kernels.common import TARGETS, Config
 
 __all__ = [
     "TARGETS",
@@ -20,8 +20,6 @@ __all__ = [
     "has_system_scope",
     "problems",
 ]
-
-TARGETS = ("gfx942", "gfx950", "sm_90")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 OLDEST_TRITON = (3, 6)
 INTERPRETER = "interpreter"
-CHIPS = ("gfx942", "gfx950", "sm_90")
+TARGETS = ("gfx942", "gfx950", "sm_90")  # chips that there are tiles for
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def target_of(device: torch.device) -> str:
             "Python starts, runs them on a CPU for tests: slowly)"
         )
     chip = chip_of(device)
-    if chip not in CHIPS:
-        raise ValueError(f"Triton kernels have tiles for {', '.join(CHIPS)}; this GPU is {chip}")
+    if chip not in TARGETS:
+        raise ValueError(f"Triton kernels have tiles for {', '.join(TARGETS)}; this GPU is {chip}")
     return chip
 
 
@@ -134,4 +134,6 @@ def check_interpreted(prefix: str, device: torch.device) -> None:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether some of its elements are the same memory, by an expanded dim."""
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() > 0 and any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )

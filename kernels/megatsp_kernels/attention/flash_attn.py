@@ -8,10 +8,9 @@ FlashAttention-2, arXiv:2307.08691; flash_attn/flash_attn_interface.py of flash-
 import importlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
-_NO_WINDOW = dict(window_size_left=-1, window_size_right=-1)
+from megatsp_kernels.attention import by_tokens
 
 
 def check() -> None:
@@ -34,23 +33,13 @@ def _interface() -> Any:
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """As `sdpa.attention_forward`."""
-    out, lse = _interface()._flash_attn_forward(
-        *(t.transpose(1, 2) for t in (q, k, v)),
-        dropout_p=0.0, softmax_scale=scale, causal=causal, **_NO_WINDOW, softcap=0.0, alibi_slopes=None,
-        return_softmax=False,
-    )[:2]  # fmt: skip
-    return out.transpose(1, 2), lse
+    function = _interface()._flash_attn_forward
+    return by_tokens.forward(function, q, k, v, causal, scale, softcap=0.0, return_softmax=False)
 
 
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `sdpa.attention_backward`; deterministic."""
-    dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, q, k, v, out))
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    _interface()._flash_attn_backward(
-        dout, q, k, v, out, lse.contiguous(), dq, dk, dv,
-        dropout_p=0.0, softmax_scale=scale, causal=causal, **_NO_WINDOW, softcap=0.0, alibi_slopes=None,
-        deterministic=True,
-    )  # fmt: skip
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    function = _interface()._flash_attn_backward
+    return by_tokens.backward(function, dout, q, k, v, out, lse, causal, scale, softcap=0.0)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatsp_kernels.common import Table, check_factor, check_tensors, choose, launch
+from megatsp_kernels.common import Table, check_factor, check_tensors, choose, launch, overlaps_itself
 from megatsp_kernels.peers import Layout, Memory, Status
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -181,7 +181,7 @@ def check_outs(op: str, outs: Sequence[Tensor]) -> tuple[int, int]:
     """
     rows, width = _check_parts(op, outs, (torch.float32,))
     for i, out in enumerate(outs):
-        if 0 in _strides(out):
+        if overlaps_itself(out):
             raise ValueError(
                 f"{op}: columns[{i}] overlaps itself: got {tuple(out.shape)} with strides {out.stride()}; "
                 "pass one made by .contiguous()"
