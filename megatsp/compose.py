@@ -185,6 +185,8 @@ def _build(kind: type, values: Any, path: str, errors: list[str]) -> Any:
         if is_dataclass(hint):
             assert isinstance(hint, type)
             built[item.name] = _build(hint, value, f"{path}{item.name}.", errors)
+        elif hint == list[str] and _is_text_list(value):
+            built[item.name] = [str(v) for v in value] if isinstance(value, list) else [value]
         elif type(value) is hint or (hint is float and type(value) is int):
             built[item.name] = hint(value)
         else:
@@ -192,8 +194,16 @@ def _build(kind: type, values: Any, path: str, errors: list[str]) -> Any:
     return kind(**built)
 
 
+def _is_text_list(value: Any) -> bool:
+    """Whether a key of several texts takes it: one text, or a list of texts and numbers."""
+    items = value if isinstance(value, list) else [value]
+    return isinstance(value, (list, str)) and all(type(i) in (str, int, float) for i in items)
+
+
 def _wanted(hint: type, value: Any) -> str:
     """What a key of type `hint` takes, given that it got `value`."""
+    if hint == list[str]:
+        return f"expected text, or a list [a,b,c] of texts and numbers, got {_type_name(value)}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     quote = f"; quote it: '\"{_shown(value)}\"'" if hint is str and isinstance(value, (int, float)) else ""
     return f"expected {names[hint]}, got {_type_name(value)}{quote}"

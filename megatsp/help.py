@@ -47,9 +47,10 @@ def _key_lines(kind: type, path: str) -> Iterator[str]:
             assert isinstance(hint, type)
             yield from _key_lines(hint, f"{path}{item.name}.")
             continue
-        assert item.default is not MISSING
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        type_name = "list" if isinstance(default, list) else hint.__name__
         unit = f" [{item.metadata['unit']}]" if item.metadata["unit"] else ""
-        yield f"  {path}{item.name}: {hint.__name__} = {_shown(item.default)}{unit}"
+        yield f"  {path}{item.name}: {type_name} = {_shown(default)}{unit}"
         allowed = _allowed(item.metadata["choices"], item.metadata["within"])
         text = item.metadata["help"] + allowed
         yield textwrap.fill(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
@@ -61,4 +62,6 @@ def _allowed(choices: tuple[str, ...], within: str) -> str:
 
 def _shown(value: Any) -> str:
     """A default as it is written in an override."""
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value) or "''"

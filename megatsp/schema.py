@@ -13,7 +13,10 @@ def key(default: Any, text: str, unit: str = "", choices: tuple[str, ...] = (), 
 
     `within` is an interval such as "[1, inf)" or "(0, 1)"; [ ] include the end, ( ) exclude it.
     """
-    return field(default=default, metadata={"help": text, "unit": unit, "choices": choices, "within": within})
+    metadata = {"help": text, "unit": unit, "choices": choices, "within": within}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,47 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = key(
-        "outputs/data/python_stdlib/byte", "prefix of the .bin/.idx pair with the tokenised documents"
+    path: list[str] = key(
+        ["outputs/data/python_stdlib/byte"],
+        "sources: one prefix of a .bin/.idx pair or folder of such pairs; or weight and source in turn; or "
+        "several sources, weighted by their samples",
     )
-    tokenizer: str = key("byte", "'byte', or the path of a tokenizer.json")
-    valid_fraction: float = key(0.05, "share of the documents held out for validation", within="(0, 1)")
+    valid_path: list[str] = key([], "sources of validation samples, likewise; []: held out of path")
+    test_path: list[str] = key([], "sources of test samples, likewise; []: held out of path")
+    tokenizer: str = key(
+        "byte", "'byte', a tokenizer's file or folder, a Hugging Face name, or tiktoken:NAME"
+    )
+    valid_fraction: float = key(0.05, "share of the documents held out for validation", within="[0, 1)")
+    test_fraction: float = key(
+        0.0, "share of the documents held out for a test after the last step", within="[0, 1)"
+    )
+    packing: str = key(
+        "concat",
+        "how documents become samples: concat: one stream, cut every seq_length; greedy, best_fit: documents "
+        "packed apart from each other; pad: one a sample",
+        choices=("concat", "greedy", "best_fit", "pad"),
+    )
+    reset_attention_mask: bool = key(
+        False, "concat: attention, positions and loss stay within documents, as with every other packing"
+    )
+    long_documents: str = key(
+        "split",
+        "greedy, best_fit, pad: what becomes of a document that is longer than a sample",
+        choices=("split", "truncate", "drop"),
+    )
+    loss_on: str = key(
+        "auto",
+        "tokens that are trained: all, the assistant's, or those of its last turn; auto: the assistant's "
+        "where the data says who speaks, all otherwise",
+        choices=("auto", "all", "assistant", "last"),
+    )
+    num_workers: int = key(
+        1, "processes a rank that read samples ahead; 0: the rank itself", "processes", within="[0, inf)"
+    )
+    prefetch_factor: int = key(4, "micro-batches that each of them reads ahead", "batches", within="[1, inf)")
+    cache: str = key(
+        "", "folder of sample indices; empty: beside the data, or a temporary one where that is read-only"
+    )
 
 
 # The axes of the mesh, outermost first.

@@ -259,7 +259,7 @@ def load_data(config: Config, tokenizer: Tokenizer) -> tuple[GPTDataset, GPTData
     """The training and the validation split, checked against the model's vocabulary."""
     data, trainer = config.data, config.trainer
     train_data, valid_data = (
-        GPTDataset(data.path, split, trainer.seq_length, tokenizer, data.valid_fraction, trainer.seed)
+        GPTDataset(data.path[0], split, trainer.seq_length, tokenizer, data.valid_fraction, trainer.seed)
         for split in ("train", "valid")
     )
     train_data.check_vocabulary(config.model.vocab_size)
