@@ -65,15 +65,17 @@ class DataConfig:
         "sources: one prefix of a .bin/.idx pair or folder of such pairs; or weight and source in turn; or "
         "several sources, weighted by their samples",
     )
-    valid_path: list[str] = key([], "sources of validation samples, likewise; []: held out of path")
-    test_path: list[str] = key([], "sources of test samples, likewise; []: held out of path")
+    valid_path: list[str] = key([], "sources of validation samples, likewise; []: documents held out of path")
+    test_path: list[str] = key([], "sources of test samples, likewise; []: documents held out of path")
     tokenizer: str = key(
         "byte", "'byte', a tokenizer's file or folder, a Hugging Face name, or tiktoken:NAME"
     )
-    valid_fraction: float = key(0.05, "share of the documents held out for validation", within="[0, 1)")
-    test_fraction: float = key(
-        0.0, "share of the documents held out for a test after the last step", within="[0, 1)"
+    valid_fraction: float = key(
+        0.05,
+        "share of each source's documents held out for validation, if no valid_path is given",
+        within="[0, 1)",
     )
+    test_fraction: float = key(0.0, "share held out likewise for a test after the last step", within="[0, 1)")
     packing: str = key(
         "concat",
         "how documents become samples: concat: one stream, cut every seq_length; greedy, best_fit: documents "

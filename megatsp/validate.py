@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from typing import Any
 
+from megatsp.data.sources import read_sources
 from megatsp.nearest import did_you_mean
 from megatsp.parallel_rules import (
     bucket_errors,
@@ -104,8 +105,10 @@ def _rule_errors(config: Config) -> Iterator[str]:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", config.name):
         yield f"name={config.name!r}: one folder's name: letters, digits and _ first, then also . + -"
     for path in ("output_dir", "data.path", "data.tokenizer"):
-        if not attrgetter(path)(config):
+        given = attrgetter(path)(config)
+        if not given or (isinstance(given, list) and not all(given)):
             yield f"{path} is empty: give a path"
+    yield from _data_errors(config)
     yield from _model_errors(config)
     yield from _scheduler_errors(config)
 
@@ -115,6 +118,22 @@ def _rule_errors(config: Config) -> Iterator[str]:
     for axis in AXES:
         if getattr(p, axis) == 0:
             yield f"parallel.{axis}=0: give a number of ranks, or -1 for what the other axes leave"
+
+
+def _data_errors(config: Config) -> Iterator[str]:
+    d = config.data
+    for path in (d.path, d.valid_path, d.test_path):
+        try:
+            read_sources(path or ["held out"])
+        except ValueError as error:
+            yield str(error)
+    if d.valid_fraction + d.test_fraction >= 1:
+        yield f"data.test_fraction={d.test_fraction}: with valid_fraction={d.valid_fraction} nothing is left"
+    if d.packing == "concat" and d.long_documents != "split":
+        yield (
+            f"data.long_documents={d.long_documents}: data.packing=concat cuts one stream and looks at no "
+            "document's length; use packing greedy, best_fit or pad"
+        )
 
 
 def _model_errors(config: Config) -> Iterator[str]:

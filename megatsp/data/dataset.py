@@ -1,237 +1,169 @@
-"""Which tokens a training step sees: documents to a stream, the stream to samples, samples to ranks.
+"""The samples of one split of one corpus: which tokens they have, and which of these are trained."""
 
-Everything here is a pure function of the data, one seed and the number of samples consumed so far. No rank
-count enters before `rank_slices`, so a run resumed at another data-parallel size goes on with the same
-global batches.
-"""
-
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from megatsp.data.indexed import IndexedDocuments
-from megatsp.data.tokenizer import Tokenizer
+from megatsp.data.corpus import Corpus
+from megatsp.data.packing import PIECE
+from megatsp.data.sample_index import DocumentOrder, SampleIndex
 
-# What a seed is used for. Each use has a stream of its own, so one seed serves them all.
-SPLIT, DOCUMENT_ORDER, SAMPLE_ORDER = range(3)
+Span = tuple[int, int]  # positions [start, stop) of a sample
 
 
-def split_documents(num_documents: int, valid_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Document ids for training and for validation, int64 and ascending: disjoint, together all.
+class Sample(NamedTuple):
+    """tokens, labels: int64 [n]; mask: float32 [n], 1 where the label is trained; of the positions asked for.
 
-    Validation gets `valid_fraction` of the documents, rounded.
-
-    Raises:
-        ValueError: either part would be empty, or the seed is negative.
+    first: int64 [T], of ALL positions: where in the sample the position's document begins. None: attention
+    does not ask for documents.
     """
-    num_valid = round(num_documents * valid_fraction)
-    if not 0 < num_valid < num_documents:
-        raise ValueError(
-            f"valid_fraction {valid_fraction} of {num_documents} documents holds out {num_valid}; both parts "
-            "need a document: give more documents or another valid_fraction between 0 and 1"
-        )
-    order = _permutation(num_documents, seed, SPLIT)
-    return np.sort(order[num_valid:]), np.sort(order[:num_valid])
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray
+    first: np.ndarray | None
 
 
-class GPTDataset:
-    """Samples of one split: its documents in a seeded order, concatenated, cut every `seq_length` tokens.
+class Piece(NamedTuple):
+    """A run of a document's tokens in a sample."""
 
-    Every document ends with eod. Sample i is stream[i*T : i*T + T + 1], so neighbours share one token, a
-    label of the first and an input of the second; a tail too short for a sample is not used. Tokens are
-    read through a memory map; only the lengths and names of documents are held in memory.
+    document: int
+    offset: int  # in the document
+    length: int
 
-    Args:
-        prefix: of the .bin, .idx and .json files.
-        split: "train" or "valid".
-        seq_length: T, in tokens.
-        tokenizer: must be the one that the data was written with.
-        valid_fraction: share of the documents that is held out.
-        seed: of the split and of the order of documents.
 
-    Raises:
-        ValueError: unreadable data, another tokenizer's data, or a split with fewer than T + 1 tokens.
+@dataclass(frozen=True)
+class Reading:
+    """How samples are read: T, whether documents stay apart, whose tokens are trained, the id of padding."""
+
+    seq_length: int
+    apart: bool
+    loss_on: str  # all, assistant or last
+    pad: int
+    vocab_size: int
+
+
+class SampledCorpus:
+    """Samples 0 .. len - 1 of one split; any process reads the same.
+
+    concat: sample i is tokens i T to i T + T of the split's stream, its labels one further; a tail too short
+    for a sample is not used. Other packings: see `megatsp.data.packing`; what is left of a sample is padding,
+    a document of its own that is not trained.
     """
 
     def __init__(
-        self,
-        prefix: str | Path,
-        split: str,
-        seq_length: int,
-        tokenizer: Tokenizer,
-        valid_fraction: float,
-        seed: int,
-    ) -> None:
-        if split not in ("train", "valid"):
-            raise ValueError(f"split is {split!r}; it must be 'train' or 'valid'")
-        if seq_length < 1:
-            raise ValueError(f"seq_length is {seq_length}; it must be at least 1")
-        self.prefix, self.split, self.seq_length, self.tokenizer = str(prefix), split, seq_length, tokenizer
-        self._corpus = IndexedDocuments(prefix)
-        self.info = self._corpus.info
-        if self.info.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"{prefix} was written with another tokenizer: '{self.info.tokenizer}', fingerprint "
-                f"{self.info.tokenizer_fingerprint[:12]}, vocab_size {self.info.vocab_size}; this one is "
-                f"'{tokenizer.name}', fingerprint {tokenizer.fingerprint[:12]}, vocab_size "
-                f"{tokenizer.vocab_size}. Set data.tokenizer to the former or prepare the data again"
-            )
-        train, valid = split_documents(len(self._corpus), valid_fraction, seed)
-        members = train if split == "train" else valid
-        self._documents = members[_permutation(len(members), seed, DOCUMENT_ORDER)]
-        self._ends = np.cumsum(self._corpus.sizes[self._documents], dtype=np.int64)
-        self.num_tokens = int(self._ends[-1])
-        if len(self) < 1:
-            raise ValueError(
-                f"the {split} split of {prefix} has {self.num_tokens} tokens in {len(members)} documents, "
-                f"one sample of seq_length {seq_length} needs {seq_length + 1}: lower seq_length, change "
-                f"data.valid_fraction ({valid_fraction}), or prepare more data"
-            )
+        self, corpus: Corpus, order: DocumentOrder, index: SampleIndex, packing: str, reading: Reading
+    ):
+        self.corpus, self.reading, self.facts = corpus, reading, index.facts
+        self._order, self._index, self._is_stream = order, index, packing == "concat"
 
     def __len__(self) -> int:
-        """Whole samples in the split."""
-        return (self.num_tokens - 1) // self.seq_length
+        return self._index.num_samples
 
-    def sample(self, index: int) -> np.ndarray:
-        """Tokens of sample `index`, int64 [T + 1].
-
-        Raises:
-            IndexError: index outside [0, len).
-        """
-        start = self._start(index)
-        return self.stream(start, start + self.seq_length + 1)
-
-    def spread(self, count: int) -> np.ndarray:
-        """`count` samples (at most all) spread evenly over the split, int64 ascending: what is evaluated."""
-        count = min(count, len(self))
-        return np.arange(count, dtype=np.int64) * len(self) // count
-
-    def documents(self, index: int) -> list[str]:
-        """Names of the documents that sample `index` has tokens of, in its order.
+    def pieces(self, index: int) -> list[Piece]:
+        """What sample `index` is made of, in its order; the last label's document may be the next one.
 
         Raises:
             IndexError: index outside [0, len).
         """
-        start = self._start(index)
-        first, last = np.searchsorted(self._ends, [start, start + self.seq_length], side="right")
-        return [self.info.names[document] for document in self._documents[first : last + 1]]
+        rows = self._rows(index)
+        return [Piece(*row) for row in (rows[:-1] if self._is_stream else rows).tolist() if row[2]]
 
-    def stream(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop of the stream, int64 [stop - start]; 0 <= start < stop <= num_tokens."""
-        assert 0 <= start < stop <= self.num_tokens, (start, stop, self.num_tokens)
-        tokens = np.empty(stop - start, dtype=np.int64)
-        position = start
-        i = int(np.searchsorted(self._ends, start, side="right"))
-        while position < stop:
-            document = self._corpus[self._documents[i]]
-            until = min(stop, int(self._ends[i]))
-            skipped = position - (int(self._ends[i]) - len(document))
-            tokens[position - start : until - start] = document[skipped : skipped + until - position]
-            position = until
-            i += 1
-        return tokens
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Check that a model with `vocab_size` embedding rows has one for every id.
+    def sample(self, index: int, spans: Sequence[Span] | None = None) -> Sample:
+        """The positions of `spans`, ascending, or all; no token of another position is read, but labels.
 
         Raises:
-            ValueError: the tokenizer, or an id that the data holds, needs more rows.
+            IndexError: index outside [0, len).
+            ValueError: an id that is not in the vocabulary.
         """
-        needed = max(self.info.vocab_size, self.info.max_token_id + 1)
-        if vocab_size < needed:
-            raise ValueError(
-                f"model.vocab_size is {vocab_size}, but {self.prefix} needs {needed}: its tokenizer has "
-                f"{self.info.vocab_size} ids and the largest id in the data is {self.info.max_token_id}"
-            )
+        seq_length = self.reading.seq_length
+        rows = self._rows(index)
+        starts = (
+            np.cumsum(rows["length"], dtype=np.int64) - rows["length"]
+        )  # where pieces begin in the sample
+        parts = [self._read(rows, starts, *span) for span in spans or [(0, seq_length)]]
+        tokens, labels, mask = (np.concatenate(part) for part in zip(*parts, strict=True))
+        self._check(tokens, labels, index)
+        first = None
+        if self.reading.apart:
+            first = np.repeat(starts, rows["length"])[:seq_length]
+            first = np.concatenate([first, np.full(seq_length - len(first), len(first))])
+        return Sample(tokens, labels, mask, first)
 
-    def _start(self, index: int) -> int:
+    def _rows(self, index: int) -> np.ndarray:
+        """The pieces, PIECE [n]; of a stream T + 1 tokens' worth, the last label's being the last row."""
         if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of the {self.split} split, which has {len(self)}")
-        return int(index) * self.seq_length
+            raise IndexError(f"sample {index} of {self.corpus.source}, which has {len(self)}")
+        if not self._is_stream:
+            begin, end = self._index.starts[index : index + 2]
+            return np.asarray(self._index.pieces[begin:end])
+        (begin, offset), (end, end_offset) = self._index.concat[index : index + 2].tolist()
+        documents = self._order(begin, end + 1)
+        offsets = np.zeros(len(documents), np.int64)
+        stops = self.corpus.sizes(documents)
+        offsets[0], stops[-1] = offset, end_offset
+        rows = np.empty(len(documents) + 1, PIECE)
+        rows["document"] = np.append(documents, documents[-1])
+        rows["offset"] = np.append(offsets, end_offset)
+        rows["length"] = np.append(stops - offsets, 1)
+        return rows
+
+    def _read(
+        self, rows: np.ndarray, starts: np.ndarray, begin: int, end: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, labels and mask of positions begin to end."""
+        if self._is_stream:
+            return self._read_stream(rows, starts, begin, end)
+        tokens, labels = (np.full(end - begin, self.reading.pad) for _ in range(2))
+        mask = np.zeros(end - begin, np.float32)
+        for at, (document, offset, length) in _overlapping(rows, starts, begin, end):
+            low, high = max(begin, at), min(end, at + length)
+            inside = slice(low - begin, high - begin)
+            source = offset + low - at, offset + high - at + 1
+            run = self.corpus.tokens(document, *source)
+            tokens[inside], labels[inside] = run[:-1], run[1:]
+            mask[inside] = self._trained(document, source[0] + 1, source[1])
+        return tokens, labels, mask
+
+    def _read_stream(
+        self, rows: np.ndarray, starts: np.ndarray, begin: int, end: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        stream, trained = np.empty(end - begin + 1, np.int64), np.empty(end - begin + 1, np.float32)
+        for at, (document, offset, length) in _overlapping(rows, starts, begin, end + 1):
+            low, high = max(begin, at), min(end + 1, at + length)
+            inside, source = slice(low - begin, high - begin), (offset + low - at, offset + high - at)
+            stream[inside] = self.corpus.tokens(document, *source)
+            trained[inside] = self._trained(document, *source)
+            if self.reading.apart and offset == 0 and low == at:
+                trained[low - begin] = 0  # the first token of a document is not the label of the one before
+        return stream[:-1], stream[1:].copy(), trained[1:].copy()
+
+    def _trained(self, document: int, start: int, stop: int) -> np.ndarray | float:
+        """1 where the tokens are trained as labels."""
+        if self.reading.loss_on == "all":
+            return 1.0
+        roles = self.corpus.roles(document, start, stop)
+        return (roles >= (2 if self.reading.loss_on == "last" else 1)).astype(np.float32)
+
+    def _check(self, tokens: np.ndarray, labels: np.ndarray, index: int) -> None:
+        for ids in (tokens, labels):
+            if ids.min() < 0 or ids.max() >= self.reading.vocab_size:
+                wrong = int(ids[(ids < 0) | (ids >= self.reading.vocab_size)][0])
+                names = ", ".join(dict.fromkeys(self.corpus.name(p.document) for p in self.pieces(index)[:8]))
+                raise ValueError(
+                    f"{self.corpus.source} holds the id {wrong}, and model.vocab_size is "
+                    f"{self.reading.vocab_size}; it is in one of: {names}. Prepare the data again with the "
+                    "model's tokenizer, or set model.vocab_size"
+                )
 
 
-class Sampler:
-    """The endless order of training samples: epoch after epoch, each in a permutation of its own.
-
-    Epoch e is seeded by (seed, e). The order depends on nothing else: no batch size, no rank count.
-
-    Args:
-        seed: of the order.
-        num_samples: in one epoch.
-
-    Raises:
-        ValueError: num_samples below 1, or a negative seed.
-    """
-
-    def __init__(self, seed: int, num_samples: int) -> None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
-        self.seed, self.num_samples = seed, num_samples
-        self._epoch, self._order = 0, _permutation(num_samples, seed, SAMPLE_ORDER, 0)
-
-    def indices(self, consumed: int, count: int) -> np.ndarray:
-        """Samples `consumed` to `consumed + count` of the order, int64 [count].
-
-        Raises:
-            ValueError: consumed or count is negative.
-        """
-        if consumed < 0 or count < 0:
-            raise ValueError(f"consumed is {consumed} and count is {count}; neither may be negative")
-        result = np.empty(count, dtype=np.int64)
-        filled = 0
-        while filled < count:
-            epoch, offset = divmod(consumed + filled, self.num_samples)
-            part = self._permuted(epoch)[offset : offset + count - filled]
-            result[filled : filled + len(part)] = part
-            filled += len(part)
-        return result
-
-    def _permuted(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:  # only the epoch in use is held: 8 bytes a sample
-            self._epoch, self._order = epoch, _permutation(self.num_samples, self.seed, SAMPLE_ORDER, epoch)
-        return self._order
-
-
-def rank_slices(indices: np.ndarray, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[np.ndarray]:
-    """The micro-batches of one data-parallel rank, each int64 [micro_batch_size].
-
-    Sample j of micro-batch m of rank r is indices[(m * dp_size + r) * micro_batch_size + j].
-
-    Args:
-        indices: the global batch, int64 [global_batch_size].
-
-    Raises:
-        ValueError: the global batch does not divide into micro-batches over the ranks, or dp_rank is outside
-            [0, dp_size).
-    """
-    if micro_batch_size < 1 or dp_size < 1 or len(indices) % (micro_batch_size * dp_size) or not len(indices):
-        raise ValueError(
-            f"global_batch_size {len(indices)} must be a positive multiple of micro_batch_size "
-            f"{micro_batch_size} times the {dp_size} data-parallel ranks"
-        )
-    if not 0 <= dp_rank < dp_size:
-        raise ValueError(f"dp_rank is {dp_rank}; it must be from 0 to {dp_size - 1}")
-    return list(indices.reshape(-1, dp_size, micro_batch_size)[:, dp_rank])
-
-
-def load_batch(dataset: GPTDataset, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read samples as (tokens int64 [B, T], labels int64 [B, T], loss_mask float32 [B, T]).
-
-    labels[b, t] is the token that follows tokens[b, t]. Every position counts in the loss, those across a
-    document's end too: the mask is all ones.
-    """
-    samples = torch.from_numpy(np.stack([dataset.sample(int(i)) for i in indices]))  # [B, T + 1]
-    labels = samples[:, 1:].contiguous()
-    return samples[:, :-1].contiguous(), labels, torch.ones(labels.shape, dtype=torch.float32)
-
-
-def _permutation(count: int, seed: int, use: int, epoch: int = 0) -> np.ndarray:
-    """A permutation of range(count), int64 [count], that is the same in every version of NumPy.
-
-    RandomState, unlike the newer Generator, is frozen (NEP 19), so an upgrade does not reorder a resumed run.
-    """
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; it must not be negative")
-    bits = np.random.MT19937(np.random.SeedSequence([seed, use, epoch]))
-    return np.random.RandomState(bits).permutation(count).astype(np.int64)
+def _overlapping(
+    rows: np.ndarray, starts: np.ndarray, begin: int, end: int
+) -> list[tuple[int, tuple[int, int, int]]]:
+    """The pieces with positions in [begin, end), and where they begin in the sample."""
+    low = int(np.searchsorted(starts, begin, side="right")) - 1
+    high = int(np.searchsorted(starts, end, side="left"))
+    found = zip(starts[low:high].tolist(), rows[low:high].tolist(), strict=True)
+    return [(at, row) for at, row in found if row[2] and at + row[2] > begin]

@@ -1,0 +1,130 @@
+"""Micro-batches of one rank, read ahead by worker processes, in an order that no worker changes.
+
+A rank asks for its own positions of its own samples; the processes that read share nothing but the files.
+"""
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megatsp.data.blend import Blend, Draw
+from megatsp.data.dataset import Span
+from megatsp.schema import DataConfig
+
+# ids, labels [B, T_local] int64 and mask float32, of this rank's positions; first [B, T] int64, or None.
+HostBatch = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch is this rank's: its samples, and its positions in each."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+    spans: tuple[Span, ...]
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of one global batch."""
+        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
+
+    def micro_batches(self, draws: Sequence[Draw]) -> list[list[Draw]]:
+        """This rank's, of a global batch: sample j of micro-batch m is draws[(m dp_size + dp_rank) B + j]."""
+        size = self.micro_batch_size
+        begins = range(self.dp_rank * size, self.global_batch_size, self.dp_size * size)
+        return [list(draws[begin : begin + size]) for begin in begins]
+
+
+class Loader:
+    """The rank's micro-batches from `consumed` samples on, without end.
+
+    Use it as a context manager: its processes end with the block, and also when this process dies.
+
+    Args:
+        consumed: samples that were consumed by all ranks before.
+        pin: into memory that a GPU reads from directly.
+
+    Raises:
+        ValueError: from `next`: data that cannot be read.
+    """
+
+    def __init__(self, blend: Blend, consumed: int, share: Share, config: DataConfig, pin: bool) -> None:
+        workers = config.num_workers
+        several = dict(
+            num_workers=workers, prefetch_factor=config.prefetch_factor, multiprocessing_context="forkserver",
+            worker_init_fn=_ignore_interrupts, pin_memory=pin,
+        )  # fmt: skip
+        self._loader = DataLoader(
+            _Reader(blend, share.spans),
+            batch_size=None,  # a draw of the sampler is a whole micro-batch
+            sampler=_Order(blend, consumed, share),  # type: ignore[arg-type]  # any iterable will do
+            generator=torch.Generator(),  # it draws a seed, which nothing here uses
+            **(several if workers else dict(pin_memory=pin)),  # type: ignore[arg-type]
+        )
+        self._iterator: Iterator[HostBatch | str] | None = None
+
+    def __enter__(self) -> "Loader":
+        self._iterator = iter(self._loader)  # processes start, and read ahead
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._iterator = None
+
+    def __next__(self) -> HostBatch:
+        assert self._iterator is not None
+        batch = next(self._iterator)
+        if isinstance(batch, str):
+            raise ValueError(batch)
+        return batch
+
+
+class _Order:
+    """Every micro-batch of this rank, one after the other."""
+
+    def __init__(self, blend: Blend, consumed: int, share: Share) -> None:
+        self._blend, self._consumed, self._share = blend, consumed, share
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        size = self._share.global_batch_size
+        consumed = self._consumed
+        while True:
+            yield from self._share.micro_batches(self._blend.draw(consumed, size))
+            consumed += size
+
+
+class _Reader(Dataset[HostBatch | str]):
+    def __init__(self, blend: Blend, spans: tuple[Span, ...]) -> None:
+        self._blend, self._spans = blend, spans
+
+    def __getitem__(self, draws: list[Draw]) -> HostBatch | str:
+        try:
+            return read_batch(self._blend, draws, self._spans)
+        except ValueError as error:  # the user's: said once, without a process's traceback
+            return str(error)
+
+
+def read_batch(blend: Blend, draws: Sequence[Draw], spans: Sequence[Span] | None = None) -> HostBatch:
+    """The samples of one micro-batch, at these positions or all; in this process."""
+    samples = [blend.sample(draw, spans) for draw in draws]
+    tokens, labels, mask = (torch.from_numpy(np.stack([s[i] for s in samples])) for i in range(3))
+    firsts = [sample.first for sample in samples if sample.first is not None]
+    return tokens, labels, mask, torch.from_numpy(np.stack(firsts)) if firsts else None
+
+
+def spans_of(positions: Tensor) -> tuple[Span, ...]:
+    """The runs that ascending positions int64 [n] are made of."""
+    breaks = (np.flatnonzero(np.diff(positions.numpy()) != 1) + 1).tolist()
+    runs = np.split(positions.numpy(), breaks)
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in runs)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal: the rank decides when it ends, and they with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
