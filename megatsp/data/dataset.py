@@ -69,6 +69,8 @@ class GPTDataset:
             raise ValueError(f"seq_length is {seq_length}; it must be at least 1")
         self.prefix, self.split, self.seq_length, self.tokenizer = str(prefix), split, seq_length, tokenizer
         self._corpus = IndexedDocuments(prefix)
+        if self._corpus.info is None:
+            raise ValueError(f"{prefix} has no .json; prepare it by megatsp preprocess")
         self.info = self._corpus.info
         if self.info.tokenizer_fingerprint != tokenizer.fingerprint:
             raise ValueError(
@@ -77,7 +79,7 @@ class GPTDataset:
                 f"'{tokenizer.name}', fingerprint {tokenizer.fingerprint[:12]}, vocab_size "
                 f"{tokenizer.vocab_size}. Set data.tokenizer to the former or prepare the data again"
             )
-        train, valid = split_documents(len(self._corpus), valid_fraction, seed)
+        train, valid = split_documents(self._corpus.num_documents, valid_fraction, seed)
         members = train if split == "train" else valid
         self._documents = members[_permutation(len(members), seed, DOCUMENT_ORDER)]
         self._ends = np.cumsum(self._corpus.sizes[self._documents], dtype=np.int64)
@@ -115,7 +117,7 @@ class GPTDataset:
         """
         start = self._start(index)
         first, last = np.searchsorted(self._ends, [start, start + self.seq_length], side="right")
-        return [self.info.names[document] for document in self._documents[first : last + 1]]
+        return [self._corpus.name(int(document)) for document in self._documents[first : last + 1]]
 
     def stream(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop of the stream, int64 [stop - start]; 0 <= start < stop <= num_tokens."""
@@ -124,7 +126,8 @@ class GPTDataset:
         position = start
         i = int(np.searchsorted(self._ends, start, side="right"))
         while position < stop:
-            document = self._corpus[self._documents[i]]
+            number = int(self._documents[i])
+            document = self._corpus.tokens(number, 0, int(self._corpus.sizes[number]))
             until = min(stop, int(self._ends[i]))
             skipped = position - (int(self._ends[i]) - len(document))
             tokens[position - start : until - start] = document[skipped : skipped + until - position]
