@@ -78,6 +78,7 @@ def is_current(prefix: str, source: str, tokenizer_spec: str, force: bool) -> bo
         return False
     try:
         info = IndexedDocuments(prefix).info
+        assert info, "its .json stands"
         if info.source != source or info.tokenizer_fingerprint != load_tokenizer(tokenizer_spec).fingerprint:
             raise ValueError(f"{prefix} holds data of other texts or options")
     except ValueError as error:
@@ -107,9 +108,9 @@ def write(documents: list[tuple[str, str]], prefix: str, tokenizer: Tokenizer, s
 def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Tokenise the .py files of the running Python's standard library into PREFIX.bin, .idx "
-        "and .json, for bpe with tokenizer.json beside them. Test packages are left out. Current output is "
-        "kept.",
+        description="Tokenise the .py files of the running Python's standard library into PREFIX.bin, .idx, "
+        ".inputs and .json, for bpe with tokenizer.json beside them. Test packages are left out. Current "
+        "output is kept.",
     )
     add = parser.add_argument
     stdlib = Path(sysconfig.get_path("stdlib"))

@@ -1,47 +1,40 @@
-"""Tokenised documents on disk: Megatron's .bin/.idx pair, and a .json that says how it was made.
+"""Tokenised documents on disk: Megatron's .bin/.idx pair, and beside it what Megatron does not record.
 
-PREFIX.bin   the tokens of all documents, one after the other, each document ending with eod
-PREFIX.idx   magic, version u64, dtype code u8, sequence count u64, document count u64 (one more than there
-             are), then sizes int32 [N] in tokens, pointers int64 [N] in bytes, document indices
-             int64 [N+1]; little-endian. One document is one sequence here.
-PREFIX.json  a CorpusInfo. It is written last and removed first, so where it stands the data is whole.
+PREFIX.bin     the tokens of all documents, one after the other
+PREFIX.idx     where each document is in it: see index_file.py
+PREFIX.roles   only of data that says who speaks: uint8, one a token of the .bin: 0 not the assistant's,
+               1 the assistant's in an earlier turn, 2 the assistant's in its last turn
+PREFIX.inputs  a line an input: its first document, a tab, its path
+PREFIX.json    a CorpusInfo. It is written last and removed first, so where it stands the data is whole.
 
-Source: the .idx layout is that of Megatron-LM, megatron/core/datasets/indexed_dataset.py.
+A pair without the others, as Megatron writes it, is read as it is.
 """
 
 import json
 import os
-import struct
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 
+from megatsp.data import token_files
+from megatsp.data.index_file import Index, token_code, write_index
+from megatsp.data.token_files import Counts, PathOf, TokenFiles
 from megatsp.data.tokenizer import Tokenizer
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")  # 34 bytes
-DTYPE_OF_CODE = {
-    1: "<u1",
-    2: "<i1",
-    3: "<i2",
-    4: "<i4",
-    5: "<i8",
-    8: "<u2",
-}  # 6 and 7 are floats, never tokens
-SUFFIXES = (".bin", ".idx", ".json")
+SUFFIXES = (".bin", ".idx", ".roles", ".inputs", ".json")
 
 
 @dataclass(frozen=True)
 class CorpusInfo:
-    """What PREFIX.json records.
+    """What PREFIX.json records; it may hold more.
 
-    `tokens` counts every id, one eod a document included; `bytes` counts the UTF-8 text. `source` is any
-    string by which the preparing program recognises its own output. `names` has one entry a document.
+    `tokens` counts every id, eod included; `bytes` counts the UTF-8 text. `source` is any string by which the
+    preparing program recognises its own output. `rejects` counts left-out records by reason.
     """
 
     tokenizer: str
@@ -53,203 +46,273 @@ class CorpusInfo:
     tokens: int
     bytes: int
     source: str
-    names: list[str]
+    sizes_sha256: str
+    has_roles: bool
+    rejects: dict[str, int] = field(default_factory=dict)
 
 
 class IndexedDocuments:
-    """Read-only view of the documents under `prefix`; tokens stay on disk, memory-mapped.
+    """Read-only view of the documents under `prefix`; all stays on disk, memory-mapped.
+
+    Constructing reads the .json, the header of the .idx and the sizes of the files. What takes longer with
+    more documents is checked once, when `sizes` is first used.
 
     Attributes:
-        info: the CorpusInfo.
-        sizes: tokens of each document, eod included, int32 [N].
-        starts: position in `tokens` of each document's first token, int64 [N].
-        tokens: all tokens, integer memmap [info.tokens].
+        prefix: as given.
+        info: the CorpusInfo; None for a pair that Megatron wrote.
+        has_roles: whether each token has a role.
+        dtype: of the tokens on disk.
+        num_documents, num_tokens: of the whole corpus. A document may have no tokens.
 
     Raises:
-        ValueError: a file is missing, malformed, truncated or empty, or the three do not belong together.
+        ValueError: a file is missing, malformed, truncated or empty, or they do not belong together.
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        for suffix in SUFFIXES:
+        self.prefix = str(prefix)
+        for suffix in (".bin", ".idx"):
             if not os.path.isfile(f"{prefix}{suffix}"):
                 raise ValueError(f"no data at {prefix}: {prefix}{suffix} is missing; prepare the data again")
-        self.info = read_info(prefix)
-        self.sizes, dtype = _read_index(f"{prefix}.idx")
-        ends = np.cumsum(self.sizes, dtype=np.int64)
-        self.starts = ends - self.sizes
-        num_tokens = int(ends[-1])
-        found_bytes = os.path.getsize(f"{prefix}.bin")
-        if found_bytes != num_tokens * dtype.itemsize:
+        self.info = read_info(prefix) if os.path.exists(f"{prefix}.json") else None
+        if self.info is None and os.path.exists(f"{prefix}.inputs"):
             raise ValueError(
-                f"{prefix}.bin is truncated or not the one that was indexed: it has {found_bytes} bytes, its "
-                f".idx describes {num_tokens * dtype.itemsize}; prepare the data again"
+                f"no data at {prefix}: {prefix}.json is missing, so it was not written to the end; prepare "
+                "the data again"
             )
-        described = (self.info.documents, len(self.info.names), self.info.tokens)
-        if described != (len(self), len(self), num_tokens):
+        self._index = Index(f"{prefix}.idx")
+        self.dtype = self._index.dtype
+        self.num_documents, self.num_tokens = self._index.num_documents, self._index.num_tokens
+        if self.info and (self.info.documents, self.info.tokens) != (self.num_documents, self.num_tokens):
             raise ValueError(f"{prefix}.json does not belong to {prefix}.idx; prepare the data again")
-        self.tokens = np.memmap(f"{prefix}.bin", dtype=dtype, mode="r", shape=(num_tokens,))
+        self.has_roles = bool(self.info and self.info.has_roles)
+        self._check_length(".bin", self.dtype.itemsize)
+        if self.has_roles:
+            self._check_length(".roles", 1)
+        if not self.num_tokens:
+            raise ValueError(f"{prefix}.bin is empty: there are no tokens in {self.num_documents} documents")
 
-    def __len__(self) -> int:
-        return len(self.sizes)
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return type(self), (self.prefix,)  # a worker process maps the files itself
 
-    def __getitem__(self, document: int) -> np.ndarray:
-        """Tokens of one document, its eod included, as a view [sizes[document]] of the file."""
-        start = self.starts[document]
-        return self.tokens[start : start + self.sizes[document]]
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each document, integer [N], memory-mapped.
+
+        Raises:
+            ValueError: the .idx is damaged.
+        """
+        return self._checked[0]
+
+    @cached_property
+    def sizes_sha256(self) -> str:
+        """sha256 of `sizes` as int64, in hexadecimal: equal iff the documents have equal lengths."""
+        return self.info.sizes_sha256 if self.info else self._checked[1]
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` up to `stop` of a document, a view of the file.
+
+        Raises:
+            IndexError: there is no such document, or it has no such tokens.
+        """
+        return self._bin[self._slice(document, start, stop)]
+
+    def roles(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Their roles, uint8; only if `has_roles`.
+
+        Raises:
+            IndexError: there is no such document, or it has no such tokens.
+        """
+        return self._roles[self._slice(document, start, stop)]
+
+    def name(self, document: int) -> str:
+        """What to call a document in a message: its input and its place there, counted from 0."""
+        if not os.path.exists(f"{self.prefix}.inputs"):
+            return f"{self.prefix} document {document}"
+        first, name = 0, self.prefix
+        with open(f"{self.prefix}.inputs", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            for line in file:
+                begin, _, path = line.rstrip("\n").partition("\t")
+                if int(begin) > document:
+                    break
+                first, name = int(begin), path
+        return f"{name} document {document - first}"
+
+    @cached_property
+    def _checked(self) -> tuple[np.ndarray, str]:
+        sizes, sha256 = self._index.checked_sizes()
+        if self.info and sha256 != self.info.sizes_sha256:
+            raise ValueError(
+                f"{self.prefix}.json does not belong to {self.prefix}.idx: the documents have other sizes; "
+                "prepare the data again"
+            )
+        return sizes, sha256
+
+    @cached_property
+    def _bin(self) -> np.ndarray:
+        return self._map(".bin", self.dtype)
+
+    @cached_property
+    def _roles(self) -> np.ndarray:
+        if not self.has_roles:
+            raise ValueError(
+                f"{self.prefix} does not say who speaks; prepare it by megatsp preprocess --format chat, "
+                "prompt or instruction"
+            )
+        return self._map(".roles", np.dtype(np.uint8))
+
+    def _map(self, suffix: str, dtype: np.dtype) -> np.ndarray:
+        mapped = np.memmap(f"{self.prefix}{suffix}", dtype=dtype, mode="r", shape=(self.num_tokens,))
+        return mapped.view(np.ndarray)  # quicker to slice
+
+    def _slice(self, document: int, start: int, stop: int) -> slice:
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} of {self.prefix}, which has {self.num_documents}")
+        begin, end = self._index.span(document)
+        if not 0 <= start <= stop <= end - begin:
+            raise IndexError(
+                f"tokens {start} to {stop} of document {document} of {self.prefix}, which has {end - begin}"
+            )
+        return slice(begin + start, begin + stop)
+
+    def _check_length(self, suffix: str, itemsize: int) -> None:
+        path = f"{self.prefix}{suffix}"
+        if not os.path.isfile(path):
+            raise ValueError(f"no data at {self.prefix}: {path} is missing; prepare the data again")
+        found_bytes, expected_bytes = os.path.getsize(path), self.num_tokens * itemsize
+        if found_bytes != expected_bytes:
+            raise ValueError(
+                f"{path} is truncated or not the one that was indexed: it has {found_bytes} bytes, its "
+                f".idx describes {expected_bytes}; prepare the data again"
+            )
 
 
 class IndexedWriter:
-    """Writes documents one at a time; memory grows with the number of documents, not with their length.
+    """Writes documents one at a time, in memory that does not grow.
 
     Use it as a context manager. Files have temporary names until the block ends without an exception; after
     an exception nothing is left behind and what stood under `prefix` still stands.
+
+    Args:
+        prefix: of the files.
+        tokenizer: whose ids are written.
+        source: CorpusInfo.source.
+        roles: whether each token has a role.
 
     Raises:
         ValueError: on leaving the block, if no document was added.
     """
 
-    def __init__(self, prefix: str | Path, tokenizer: Tokenizer, source: str = "") -> None:
+    def __init__(
+        self, prefix: str | Path, tokenizer: Tokenizer, source: str = "", roles: bool = False
+    ) -> None:
         self.prefix = str(prefix)
-        self._tokenizer = tokenizer
-        self._source = source
-        self._code = 8 if tokenizer.vocab_size <= 2**16 else 4
-        self._sizes: list[int] = []
-        self._names: list[str] = []
-        self._num_bytes = 0
-        self._max_token_id = tokenizer.eod
-        self._bin: BinaryIO
+        self._tokenizer, self._source, self._roles = tokenizer, source, roles
+        self._files = TokenFiles(
+            self._temporary, tokenizer.vocab_size, tokenizer.eod, token_code(tokenizer.vocab_size), roles
+        )
+        self.add = self._files.add
 
     def __enter__(self) -> Self:
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = open(self._temporary(".bin"), "wb")
+        self._files.__enter__()
         return self
-
-    def add(self, name: str, ids: Sequence[int] | np.ndarray, num_bytes: int) -> None:
-        """Append one document: `ids` without eod, which is added here, and the bytes of its UTF-8 text.
-
-        Raises:
-            ValueError: the document is empty, longer than 2^31 - 2 tokens, or has an id that the tokenizer
-                does not have.
-        """
-        tokens = np.asarray(ids, dtype=np.int64)
-        if tokens.size == 0 or tokens.size > 2**31 - 2:
-            raise ValueError(f"document {name!r} has {tokens.size} tokens; 1 to 2^31 - 2 are possible")
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self._tokenizer.vocab_size:
-            raise ValueError(
-                f"document {name!r} has ids from {low} to {high}; "
-                f"the {self._tokenizer.name} tokenizer has 0 to {self._tokenizer.vocab_size - 1}"
-            )
-        self._bin.write(np.append(tokens, self._tokenizer.eod).astype(DTYPE_OF_CODE[self._code]).tobytes())
-        self._sizes.append(tokens.size + 1)
-        self._names.append(name)
-        self._num_bytes += num_bytes
-        self._max_token_id = max(self._max_token_id, high)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with self._bin:
-                if kind is None:
-                    self._sync(self._bin)
+            self._files.__exit__(kind, error, trace)
             if kind is None:
-                self._commit()
+                commit(
+                    self.prefix,
+                    self._temporary,
+                    self._tokenizer,
+                    self._files.counts,
+                    self._source,
+                    self._roles,
+                )
         finally:
-            for suffix in SUFFIXES:
-                Path(self._temporary(suffix)).unlink(missing_ok=True)
-
-    def _commit(self) -> None:
-        if not self._sizes:
-            raise ValueError(f"nothing to write at {self.prefix}: no document was added")
-        with open(self._temporary(".idx"), "wb") as file:
-            sizes = np.array(self._sizes, dtype="<i4")
-            ends = np.cumsum(sizes, dtype="<i8")
-            itemsize = np.dtype(DTYPE_OF_CODE[self._code]).itemsize
-            file.write(HEADER.pack(MAGIC, VERSION, self._code, len(sizes), len(sizes) + 1))
-            file.write(sizes.tobytes())
-            file.write(((ends - sizes) * itemsize).astype("<i8").tobytes())
-            file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
-            self._sync(file)
-        info = CorpusInfo(
-            tokenizer=self._tokenizer.name,
-            tokenizer_fingerprint=self._tokenizer.fingerprint,
-            vocab_size=self._tokenizer.vocab_size,
-            eod=self._tokenizer.eod,
-            max_token_id=self._max_token_id,
-            documents=len(sizes),
-            tokens=int(ends[-1]),
-            bytes=self._num_bytes,
-            source=self._source,
-            names=self._names,
-        )
-        with open(self._temporary(".json"), "wb") as file:
-            file.write(json.dumps(asdict(info), indent=1).encode())
-            self._sync(file)
-        # Without its .json a prefix holds no data, so an interruption between renames cannot mix old and new.
-        Path(f"{self.prefix}.json").unlink(missing_ok=True)
-        for suffix in SUFFIXES:
-            os.replace(self._temporary(suffix), f"{self.prefix}{suffix}")
+            token_files.remove(self._temporary, self._roles)
 
     def _temporary(self, suffix: str) -> str:
-        return f"{self.prefix}{suffix}.{os.getpid()}.tmp"
+        return temporary_name(self.prefix, suffix)
 
-    @staticmethod
-    def _sync(file: BinaryIO) -> None:
-        file.flush()
-        os.fsync(file.fileno())
+
+def temporary_name(prefix: str, suffix: str) -> str:
+    """What PREFIX.suffix is called while this process writes it."""
+    return f"{prefix}{suffix}.{os.getpid()}.tmp"
+
+
+def commit(
+    prefix: str,
+    path: PathOf,
+    tokenizer: Tokenizer,
+    counts: Counts,
+    source: str,
+    roles: bool,
+    rejects: Mapping[str, int] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> CorpusInfo:
+    """Turn the files of a TokenFiles, named by `path`, into the corpus `prefix`, and return its description.
+
+    What stood there is replaced, or still stands after an exception before the first of the new files does.
+
+    Args:
+        more: written to the .json too.
+
+    Raises:
+        ValueError: there is no document.
+    """
+    if not counts.documents:
+        raise ValueError(f"nothing to write at {prefix}: no document was added")
+    index, description = temporary_name(prefix, ".idx"), temporary_name(prefix, ".json")
+    try:
+        code = token_code(tokenizer.vocab_size)
+        documents, tokens, sizes_sha256 = write_index(index, path(".sizes"), code)
+        assert (documents, tokens) == (counts.documents, counts.tokens), (documents, tokens, counts)
+        info = CorpusInfo(
+            tokenizer=tokenizer.name,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+            source=source,
+            sizes_sha256=sizes_sha256,
+            has_roles=roles,
+            rejects=dict(rejects or {}),
+            **asdict(counts),
+        )
+        with open(description, "wb") as file:
+            file.write(json.dumps({**asdict(info), **(more or {})}, indent=1).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        # Without .json and .idx a prefix holds no data, so an interruption here cannot mix old and new.
+        for suffix in (".json", ".idx", ".roles"):
+            Path(f"{prefix}{suffix}").unlink(missing_ok=True)
+        for suffix in (".bin", ".inputs", *((".roles",) if roles else ())):
+            os.replace(path(suffix), f"{prefix}{suffix}")
+        os.replace(index, f"{prefix}.idx")
+        os.replace(description, f"{prefix}.json")
+    finally:
+        for name in (index, description):
+            Path(name).unlink(missing_ok=True)
+    return info
 
 
 def read_info(prefix: str | Path) -> CorpusInfo:
     """The CorpusInfo in PREFIX.json.
 
     Raises:
-        ValueError: the file is missing, is no JSON, or lacks or adds a key.
+        ValueError: the file is missing, is no JSON, or lacks a key.
     """
     path = f"{prefix}.json"
-    expected = {field.name for field in fields(CorpusInfo)}
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"no data at {prefix}: {path} is missing") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict) or set(content) != expected:
-        raise ValueError(f"{path} must have exactly the keys {', '.join(sorted(expected))}")
-    return CorpusInfo(**content)
-
-
-def _read_index(path: str) -> tuple[np.ndarray, np.dtype]:
-    """Sizes int32 [N] and the token dtype, of a checked .idx file."""
-    content = Path(path).read_bytes()  # 20 bytes a document
-    if len(content) < HEADER.size or not content.startswith(MAGIC):
-        raise ValueError(f"{path} is not a Megatron index: it does not begin with {MAGIC!r}")
-    _, version, code, num_sequences, num_indices = HEADER.unpack_from(content)
-    if version != VERSION:
-        raise ValueError(f"{path} has version {version}; only {VERSION} is known")
-    if code not in DTYPE_OF_CODE:
-        raise ValueError(f"{path} has dtype code {code}; integer tokens have one of {sorted(DTYPE_OF_CODE)}")
-    if num_sequences == 0:
-        raise ValueError(f"{path} has no documents")
-    if num_indices != num_sequences + 1:
-        raise ValueError(
-            f"{path} has {num_sequences} sequences in {num_indices - 1} documents; a document must be one "
-            "sequence: prepare the data again without splitting sentences"
-        )
-    expected_bytes = HEADER.size + 12 * num_sequences + 8 * num_indices
-    if len(content) != expected_bytes:
-        raise ValueError(
-            f"{path} is truncated or damaged: it has {len(content)} bytes, {expected_bytes} expected"
-        )
-    dtype = np.dtype(DTYPE_OF_CODE[code])
-    sizes = np.frombuffer(content, "<i4", num_sequences, HEADER.size)
-    pointers = np.frombuffer(content, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
-    indices = np.frombuffer(content, "<i8", num_indices, HEADER.size + 12 * num_sequences)
-    starts = np.cumsum(sizes, dtype=np.int64) - sizes
-    if (
-        (sizes < 1).any()
-        or not np.array_equal(pointers, starts * dtype.itemsize)
-        or not np.array_equal(indices, np.arange(num_indices))
-    ):
-        raise ValueError(f"{path} is damaged: its sizes, pointers and document indices contradict each other")
-    return sizes, dtype
+    keys = [field.name for field in fields(CorpusInfo)]
+    missing = [key for key in keys if key not in content] if isinstance(content, dict) else keys
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; prepare the data again")
+    return CorpusInfo(**{key: content[key] for key in keys})

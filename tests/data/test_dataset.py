@@ -87,7 +87,7 @@ def test_documents_of_a_sample(prefix: Path, seq_length: int) -> None:
     owner = [int(stream[i - 1] if stream[i] == 256 else stream[i]) for i in range(len(stream))]
     for i in range(len(data)):
         owners = owner[i * seq_length : i * seq_length + seq_length + 1]
-        assert data.documents(i) == [f"{d}.py" for d in dict.fromkeys(owners)]
+        assert data.documents(i) == [f"{d}.py document 0" for d in dict.fromkeys(owners)]
 
 
 @pytest.mark.parametrize("index", [-1, 10**6])
@@ -221,14 +221,14 @@ def test_load_batch(prefix: Path) -> None:
 def test_reading_a_sample_does_not_read_the_corpus(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = dataset(prefix)
     read: list[int] = []
-    original = type(data._corpus).__getitem__
+    original = type(data._corpus).tokens
     monkeypatch.setattr(
-        type(data._corpus), "__getitem__", lambda self, i: (read.append(int(i)), original(self, i))[1]
+        type(data._corpus), "tokens", lambda self, i, *span: (read.append(i), original(self, i, *span))[1]
     )
     for i in range(len(data)):
         read.clear()
         data.sample(i)
-        assert [f"{document}.py" for document in read] == data.documents(i)
+        assert [f"{document}.py document 0" for document in read] == data.documents(i)
 
 
 def test_spread_reaches_over_the_whole_split(prefix: Path) -> None:

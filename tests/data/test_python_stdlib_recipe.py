@@ -2,6 +2,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from megatsp.data.dataset import split_documents
@@ -10,6 +11,10 @@ from megatsp.data.tokenizer import load_tokenizer, train_bpe
 
 RECIPE = Path(__file__).parents[2] / "data" / "python_stdlib" / "prepare.py"
 BODY = "def function(argument):\n    return argument + {}\n"
+
+
+def read(corpus: IndexedDocuments, document: int) -> np.ndarray:
+    return corpus.tokens(document, 0, int(corpus.sizes[document]))
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +45,10 @@ def test_byte_corpus(
     prefix = tmp_path / "out" / "byte"
     recipe.main(["--source", str(source), "--output", str(prefix)])
     corpus = IndexedDocuments(prefix)
-    assert corpus.info.names == ["a.py", "a/__init__.py", "a/b.py", "z.py"]
-    assert [bytes(corpus[i][:-1].astype("u1")) for i in range(4)] == [
-        (source / name).read_bytes() for name in corpus.info.names
+    names = ["a.py", "a/__init__.py", "a/b.py", "z.py"]
+    assert [corpus.name(i) for i in range(4)] == [f"{name} document 0" for name in names]
+    assert [bytes(read(corpus, i)[:-1].astype("u1")) for i in range(4)] == [
+        (source / name).read_bytes() for name in names
     ]
     printed = capsys.readouterr().out
     assert f"wrote {prefix}" in printed
@@ -82,7 +88,7 @@ def test_truncated_output_is_not_kept(
         recipe.main(arguments)
     assert "truncated" in capsys.readouterr().err
     recipe.main([*arguments, "--force"])
-    assert len(IndexedDocuments(tmp_path / "out" / "byte")) == 4
+    assert IndexedDocuments(tmp_path / "out" / "byte").num_documents == 4
 
 
 def test_interrupted_output_is_written_again(recipe: ModuleType, source: Path, tmp_path: Path) -> None:
@@ -90,7 +96,7 @@ def test_interrupted_output_is_written_again(recipe: ModuleType, source: Path, t
     recipe.main(arguments)
     (tmp_path / "out" / "byte.json").unlink()
     recipe.main(arguments)
-    assert len(IndexedDocuments(tmp_path / "out" / "byte")) == 4
+    assert IndexedDocuments(tmp_path / "out" / "byte").num_documents == 4
 
 
 def test_bpe_is_trained_on_the_training_split_alone(recipe: ModuleType, tmp_path: Path) -> None:
@@ -118,8 +124,11 @@ def test_bpe_is_trained_on_the_training_split_alone(recipe: ModuleType, tmp_path
     assert tokenizer.fingerprint == expected.fingerprint != everything.fingerprint
 
     corpus = IndexedDocuments(prefix)
-    assert [tokenizer.decode(corpus[i].tolist()) for i in range(10)] == texts
-    assert int(tokenizer.bytes_per_token()[corpus.tokens].sum()) == corpus.info.bytes
+    assert [tokenizer.decode(read(corpus, i).tolist()) for i in range(10)] == texts
+    assert (
+        int(tokenizer.bytes_per_token()[np.concatenate([read(corpus, i) for i in range(10)])].sum())
+        == corpus.info.bytes
+    )
     assert corpus.info.tokenizer_fingerprint == tokenizer.fingerprint
 
 
