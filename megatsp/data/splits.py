@@ -134,6 +134,6 @@ def _too_small(config: Config, name: str, path: str, samples: SampledCorpus) -> 
         )
     return (
         f"the {name} split of {path} has no sample: of {facts['documents']} documents {facts['dropped']} are "
-        f"longer than seq_length {seq_length} (data.long_documents=drop), {facts['empty']} have fewer than two "
-        "tokens"
+        f"longer than seq_length {seq_length} (data.long_documents=drop), {facts['empty']} have fewer than "
+        "two tokens"
     )

@@ -2,35 +2,37 @@
 
 import math
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatsp.axes import Axes, choose_device, join
 from megatsp.compose import to_yaml
-from megatsp.data.dataset import GPTDataset, Sampler, load_batch, rank_slices
-from megatsp.data.tokenizer import Tokenizer, load_tokenizer
+from megatsp.data.blend import Blend, Draw
+from megatsp.data.loader import HostBatch, Loader, Share, read_batch
+from megatsp.data.splits import load_splits
+from megatsp.data.tokenizer import load_tokenizer
 from megatsp.kernels import resolve
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import build_model, reshard
 from megatsp.schema import Config
 from megatsp.training import checkpoint
 from megatsp.training.checkpoint import RunState
-from megatsp.training.folder import find_checkpoint, lock, run_folder
+from megatsp.training.folder import check_data, find_checkpoint, lock, run_folder
 from megatsp.training.interval import Interval, StepResult
 from megatsp.training.logs import Reporter, evaluation_line, iteration_line, read_metrics
 from megatsp.training.optimizer import AdamW, clip_gradients
 from megatsp.training.plot import plot_loss
 from megatsp.training.schedule import learning_rate
-from megatsp.training.step import accumulate_gradients
+from megatsp.training.step import Batch, accumulate_gradients
 from megatsp.validate import validate
 
 
@@ -59,16 +61,21 @@ class Training:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.train_data, self.valid_data = load_data(config, self.tokenizer)
-        self.bytes_per_token = torch.from_numpy(self.tokenizer.bytes_per_token()).to(device)
-        self.sampler = Sampler(config.trainer.seed, len(self.train_data))
+        self.data = load_splits(config, self.tokenizer)
         self.folder = run_folder(config)
         self.resumed_from = find_checkpoint(config)
+        if self.resumed_from is not None:
+            check_data(config, self.resumed_from, self.data.key)
         dist.barrier()  # every rank has looked before one writes
         self.axes = Axes.build(config.parallel, device)
+        trainer = config.trainer
+        self.share = Share(
+            trainer.global_batch_size, trainer.micro_batch_size, self.axes.dp_rank, self.axes.dp_size,
+            self.axes.spans(trainer.seq_length),
+        )  # fmt: skip
         self.gpt: GPT = build_model(config, self.axes)
         self.optimizer = AdamW(self.gpt, config.optimizer)
-        self.state = RunState()
+        self.state = RunState(data_key=self.data.key)
         self.saved_at = 0
         if self.resumed_from is not None:
             self.state = checkpoint.load(self.resumed_from, self.gpt, self.optimizer.tensors())
@@ -97,11 +104,15 @@ class Training:
         self.state = replace(self.state, wandb_run_id=_from_first(reporter.wandb_run_id))
         reporter.say(self._greeting(start))
         reporter.say(_transfers(str(self.gpt.engine.overlap)))
+        for line in self._sources():
+            reporter.say(line)
         interval = Interval(self.config, self.axes)
         due = partial(_is_due, last=settings.train_iters)
+        consumed, pin = self.state.consumed_samples, self.axes.device.type == "cuda"
         try:
+            loader = stack.enter_context(Loader(self.data.train, consumed, self.share, self.config.data, pin))
             for iteration in range(start + 1, settings.train_iters + 1):
-                result = self.step(iteration, interrupted)
+                result = self.step(iteration, loader, interrupted)
                 interval.add(result)
                 reporter.advance()
                 if due(self.config.logging.log_interval, iteration) or result.interrupted:
@@ -110,10 +121,12 @@ class Training:
                     reporter.say(
                         iteration_line(iteration, settings.train_iters, settings.global_batch_size, metrics)
                     )
-                if due(settings.eval_interval, iteration):
-                    evaluation = self.evaluate()
-                    reporter.log(iteration, {"consumed-tokens": self.state.consumed_tokens, **evaluation})
-                    reporter.say(evaluation_line(iteration, evaluation))
+                for split, blend in (("val", self.data.valid), ("test", self.data.test)):
+                    every = settings.eval_interval if split == "val" else 0
+                    if blend is not None and due(every, iteration):
+                        evaluation = self.evaluate(blend, split)
+                        reporter.log(iteration, {"consumed-tokens": self.state.consumed_tokens, **evaluation})
+                        reporter.say(evaluation_line(iteration, evaluation))
                 if due(self.config.checkpoint.save_interval, iteration) or result.interrupted:
                     reporter.say(f" saved {self.save()}")
                 interval.restart()
@@ -125,64 +138,70 @@ class Training:
         finally:
             reporter.close()
 
-    def step(self, iteration: int, interrupted: list[int]) -> StepResult:
+    def step(self, iteration: int, loader: Loader, interrupted: list[int]) -> StepResult:
         """One optimizer step on the next global batch; all ranks agree whether one was interrupted.
 
         Raises:
-            ValueError: loss or gradient norm is not finite; nothing was updated.
+            ValueError: data that cannot be read; loss or gradient norm is not finite; nothing was updated.
         """
         config = self.config
-        indices = self.sampler.indices(self.state.consumed_samples, config.trainer.global_batch_size)
-        slices = rank_slices(indices, config.trainer.micro_batch_size, self.axes.dp_rank, self.axes.dp_size)
-        batches = [self._local_batch(self.train_data, chosen) for chosen in slices]
-        # How many tokens carry loss, over all ranks: so each token weighs the same.
-        loss_tokens = _sum_over_ranks(torch.stack([mask.sum() for *_, mask in batches]).sum())
+        since = time.perf_counter()
+        batches = [self._on_device(next(loader)) for _ in range(self.share.num_micro_batches)]
+        wait_ms = 1e3 * (time.perf_counter() - since)
+        # How many tokens carry loss, over all ranks: so each token weighs the same. None: then there is no loss.
+        own = torch.stack([mask.sum(dtype=torch.float64) for _, _, mask, _ in batches]).sum()
+        loss_tokens = _sum_over_ranks(own).clamp(min=1).float()
         losses = accumulate_gradients(self.gpt, batches, loss_tokens)
-        mine = losses.sum() / loss_tokens
-        loss, stops = _sum_over_ranks(torch.stack([mine, mine.new_tensor(bool(interrupted))])).tolist()
+        mine = losses.sum(dtype=torch.float64) / loss_tokens
+        own_pairs = sum(attended_pairs(ids_shape, first) for ids_shape, first in seen)
+        found = [mine, mine.new_tensor(bool(interrupted)), mine.new_tensor(own_pairs)]
+        loss, stops, pairs = _sum_over_ranks(torch.stack(found)).tolist()
         norm = clip_gradients(self.gpt, config.optimizer.clip_grad).item()
         self.gpt.engine.check()  # what a rank did not send is NaN: say that first
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise ValueError(self._blame(iteration, loss, norm, indices, slices, losses))
+            raise ValueError(self._blame(iteration, loss, norm, losses))
         lr = learning_rate(iteration, config.optimizer, config.scheduler)
         self.optimizer.step(lr)
-        tokens = len(indices) * config.trainer.seq_length
+        samples = config.trainer.global_batch_size
+        tokens = samples * config.trainer.seq_length
         self.state = replace(
             self.state,
             iteration=iteration,
-            consumed_samples=self.state.consumed_samples + len(indices),
+            consumed_samples=self.state.consumed_samples + samples,
             consumed_tokens=self.state.consumed_tokens + tokens,
         )
-        return StepResult(loss, norm, lr, tokens, stops > 0)
+        return StepResult(loss, norm, lr, tokens, pairs, wait_ms, stops > 0)
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Validation loss (nats per token) and bits per byte.
+    def evaluate(self, blend: Blend, split: str) -> dict[str, float]:
+        """Loss (nats per token) and, where the tokenizer's ids have exact bytes, bits per byte.
 
-        Over eval_iters global batches of samples spread evenly over the validation split, or all of it.
+        Over eval_iters global batches of samples spread evenly over the split, or all of it.
         """
-        settings = self.config.trainer
-        samples = self.valid_data.spread(settings.eval_iters * settings.global_batch_size)
+        size = self.config.trainer.global_batch_size
+        draws = blend.spread(self.config.trainer.eval_iters * size)
+        bytes_per_token = self.tokenizer.bytes_per_token()
+        widths = None if bytes_per_token is None else torch.from_numpy(bytes_per_token).to(self.axes.device)
         total = torch.zeros(3, dtype=torch.float64, device=self.axes.device)  # nats, tokens, bytes
-        for start in range(0, len(samples), settings.global_batch_size):
-            places = np.arange(start, start + settings.global_batch_size)
-            slices = rank_slices(places, settings.micro_batch_size, self.axes.dp_rank, self.axes.dp_size)
-            for chosen in slices:
-                # Past the end a sample is repeated without weight: every rank takes part in every batch.
-                indices = samples[np.minimum(chosen, len(samples) - 1)]
-                ids, labels, mask = self._local_batch(self.valid_data, indices)
-                mask *= torch.from_numpy(chosen < len(samples)).to(mask)[:, None]
-                total += torch.stack(
-                    [
-                        self.gpt(ids, labels, mask).sum(dtype=torch.float64),
-                        mask.sum(dtype=torch.float64),
-                        (self.bytes_per_token[labels] * mask).sum(dtype=torch.float64),
-                    ]
-                )
+        for start in range(0, len(draws), size):
+            # Past the end the last sample is repeated without weight: every rank takes part in every batch.
+            places = range(start, start + size)
+            batch = [(draws[min(place, len(draws) - 1)], float(place < len(draws))) for place in places]
+            for chosen in self.share.micro_batches(batch):
+                host = read_batch(blend, [draw for draw, _ in chosen], self.share.spans)
+                ids, labels, mask, first = self._on_device(host)
+                mask *= mask.new_tensor([weight for _, weight in chosen])[:, None]
+                total[0] += self.gpt(ids, labels, mask, first).sum(dtype=torch.float64)
+                total[1] += mask.sum(dtype=torch.float64)
+                if widths is not None:
+                    total[2] += (widths[labels] * mask).sum(dtype=torch.float64)
         reshard(self.gpt)
         nats, tokens, num_bytes = _sum_over_ranks(total).tolist()
         self.gpt.engine.check()
-        return {"val/lm loss": nats / tokens, "val/bits-per-byte": nats / math.log(2) / num_bytes}
+        if not tokens:
+            raise ValueError(f"none of the {len(draws)} {split} samples has a trained token: see data.loss_on")
+        losses = {f"{split}/lm loss": nats / tokens}
+        return losses | ({f"{split}/bits-per-byte": nats / math.log(2) / num_bytes} if num_bytes else {})
 
     def save(self) -> Path:
         """Saves weights, moments and the cursor; on all ranks."""
@@ -195,10 +214,11 @@ class Training:
             self.folder / "checkpoints", self.state, self.gpt, self.optimizer.tensors(), texts
         )
 
-    def _local_batch(self, data: GPTDataset, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's zigzag share of the samples: ids, labels, mask [B, T/D]."""
-        ids, labels, mask = (self.axes.take_local(t).to(self.axes.device) for t in load_batch(data, indices))
-        return ids, labels, mask
+    def _on_device(self, batch: HostBatch) -> Batch:
+        """The batch where the model is; `first` stays on the host, where documents are planned."""
+        *tensors, first = batch
+        ids, labels, mask = (tensor.to(self.axes.device, non_blocking=True) for tensor in tensors)
+        return ids, labels, mask, first
 
     def _open_folder(self) -> None:
         if self.is_first:
@@ -218,25 +238,30 @@ class Training:
             f"{self.folder}: {begun}; {parameters:,} parameters on {mesh} ({device.type})\nkernels: {kernels}"
         )
 
-    def _blame(
-        self,
-        iteration: int,
-        loss: float,
-        norm: float,
-        indices: np.ndarray,
-        slices: list[np.ndarray],
-        losses: Tensor,
-    ) -> str:
+    def _sources(self) -> Iterator[str]:
+        """What the log says of the data: sources, weights, and how often this run reads them."""
+        settings = self.config.trainer
+        samples = settings.train_iters * settings.global_batch_size
+        for source in self.data.train.sources:
+            yield (
+                f"data: {source.name}: {source.weight:.1%} of the samples, {len(source.samples):,} an epoch, "
+                f"{source.epochs(samples):.3g} epochs in {settings.train_iters} iterations"
+            )
+            if any(shard.info is None for shard in source.samples.corpus.shards):
+                yield f"data: {source.name} does not say which tokenizer made it: that is not checked"
+        if self.data.valid is None:
+            yield "data: no validation split (data.valid_fraction=0): there is no validation loss"
+
+    def _blame(self, iteration: int, loss: float, norm: float, losses: Tensor) -> str:
         """What to say of a loss that is not finite: the iteration and the batch's documents."""
-        finite = {
-            int(sample): bool(sample_loss.isfinite())
-            for chosen, sample_losses in zip(slices, losses, strict=True)
-            for sample, sample_loss in zip(chosen, sample_losses, strict=True)
-        }
-        everywhere: list[dict[int, bool]] = [{}] * dist.get_world_size()
+        draws = self.data.train.draw(self.state.consumed_samples, self.share.global_batch_size)
+        finite: dict[Draw, bool] = {}
+        for chosen, sample_losses in zip(self.share.micro_batches(draws), losses, strict=True):
+            finite |= {draw: bool(own.isfinite()) for draw, own in zip(chosen, sample_losses, strict=True)}
+        everywhere: list[dict[Draw, bool]] = [{}] * dist.get_world_size()
         dist.all_gather_object(everywhere, finite)
-        bad = [int(s) for s in indices if not all(known.get(int(s), True) for known in everywhere)]
-        names = list(dict.fromkeys(n for s in bad or indices for n in self.train_data.documents(int(s))))
+        bad = [draw for draw in draws if not all(known.get(draw, True) for known in everywhere)]
+        names = list(dict.fromkeys(name for draw in bad or draws for name in self.data.train.names(draw)))
         return (
             f"iteration {iteration}: loss {loss}, gradient norm {norm}; nothing was updated.\n"
             f"Documents of {'the samples whose loss is not finite' if bad else 'the batch'}: "
@@ -253,17 +278,6 @@ class Training:
             f" metrics:    {self.folder / 'metrics.jsonl'}\n plot:       {self.folder / 'loss.png'}",
             flush=True,
         )
-
-
-def load_data(config: Config, tokenizer: Tokenizer) -> tuple[GPTDataset, GPTDataset]:
-    """The training and the validation split, checked against the model's vocabulary."""
-    data, trainer = config.data, config.trainer
-    train_data, valid_data = (
-        GPTDataset(data.path[0], split, trainer.seq_length, tokenizer, data.valid_fraction, trainer.seed)
-        for split in ("train", "valid")
-    )
-    train_data.check_vocabulary(config.model.vocab_size)
-    return train_data, valid_data
 
 
 def _is_due(every: int, iteration: int, last: int) -> bool:
