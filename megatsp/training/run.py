@@ -30,7 +30,7 @@ from megatsp.training.logs import Reporter, evaluation_line, iteration_line, rea
 from megatsp.training.optimizer import AdamW, clip_gradients
 from megatsp.training.plot import plot_loss
 from megatsp.training.schedule import learning_rate
-from megatsp.training.step import accumulate_gradients
+from megatsp.training.step import Batch, accumulate_gradients
 from megatsp.validate import validate
 
 
@@ -136,7 +136,7 @@ class Training:
         slices = rank_slices(indices, config.trainer.micro_batch_size, self.axes.dp_rank, self.axes.dp_size)
         batches = [self._local_batch(self.train_data, chosen) for chosen in slices]
         # How many tokens carry loss, over all ranks: so each token weighs the same.
-        loss_tokens = _sum_over_ranks(torch.stack([mask.sum() for *_, mask in batches]).sum())
+        loss_tokens = _sum_over_ranks(torch.stack([mask.sum() for _, _, mask, _ in batches]).sum())
         losses = accumulate_gradients(self.gpt, batches, loss_tokens)
         mine = losses.sum() / loss_tokens
         loss, stops = _sum_over_ranks(torch.stack([mine, mine.new_tensor(bool(interrupted))])).tolist()
@@ -170,11 +170,11 @@ class Training:
             for chosen in slices:
                 # Past the end a sample is repeated without weight: every rank takes part in every batch.
                 indices = samples[np.minimum(chosen, len(samples) - 1)]
-                ids, labels, mask = self._local_batch(self.valid_data, indices)
+                ids, labels, mask, first = self._local_batch(self.valid_data, indices)
                 mask *= torch.from_numpy(chosen < len(samples)).to(mask)[:, None]
                 total += torch.stack(
                     [
-                        self.gpt(ids, labels, mask).sum(dtype=torch.float64),
+                        self.gpt(ids, labels, mask, first).sum(dtype=torch.float64),
                         mask.sum(dtype=torch.float64),
                         (self.bytes_per_token[labels] * mask).sum(dtype=torch.float64),
                     ]
@@ -195,10 +195,10 @@ class Training:
             self.folder / "checkpoints", self.state, self.gpt, self.optimizer.tensors(), texts
         )
 
-    def _local_batch(self, data: GPTDataset, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def _local_batch(self, data: GPTDataset, indices: np.ndarray) -> Batch:
         """This rank's zigzag share of the samples: ids, labels, mask [B, T/D]."""
         ids, labels, mask = (self.axes.take_local(t).to(self.axes.device) for t in load_batch(data, indices))
-        return ids, labels, mask
+        return ids, labels, mask, None
 
     def _open_folder(self) -> None:
         if self.is_first:
