@@ -129,7 +129,7 @@ def fake_group(world_size: int, rank: int) -> Iterator[None]:
 def _hold(step: TrainStep, live: LiveBytes) -> None:
     live.hold_model(step.gpt)
     live.hold("optimizer", step.optimizer.tensors().values())
-    live.hold("activations", (tensor for batch in step.batches for tensor in batch))
+    live.hold("activations", (t for batch in step.batches for t in batch if t is not None))
 
 
 def _warm(step: TrainStep, live: LiveBytes) -> None:

@@ -40,7 +40,7 @@ class DenseStep:
     def run(self) -> Tensor:
         """One step; returns the loss."""
         losses = []
-        for ids, labels, _ in self.batches:
+        for ids, labels, *_ in self.batches:
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self.config.trainer.dtype == "bf16"
             ):

@@ -42,6 +42,7 @@ class TrainStep:
                 axes.take_local(samples[:, :-1]).to(axes.device),
                 axes.take_local(samples[:, 1:]).to(axes.device),
                 torch.ones_like(axes.take_local(samples[:, 1:]), dtype=torch.float32, device=axes.device),
+                None,
             )
             for samples in mine
         ]

@@ -2,10 +2,10 @@
 
 Queries, keys and values are sharded over the sequence in zigzag chunks. Keys and values
 cross the group unexpanded, in one of several exchanges; partial outputs merge by their
-log-sum-exp, in fp32. A rank's own tokens are one causal block, attended to while
-the others' are on the wire; every other block is seen wholly or not at all, and those not
-seen are never visited. So a library's attention of one block is all it needs; fused.py does the
-same with a kernel that knows positions.
+log-sum-exp, in fp32. A rank's own tokens are causal squares, one a document, attended to while
+the others' are on the wire; of every other block each query sees a range of keys that many share, and
+what is not seen is never visited. So a library's attention of one block is all it needs; fused.py does
+the same with a kernel that knows positions.
 
 Source: Liu et al., Ring Attention, arXiv:2310.01889; Dao, FlashAttention-2, arXiv:2307.08691.
 """
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from megatsp.comm import Comm
+from megatsp.cp.documents import Documents, Reach, Visit, visits_of
 from megatsp.cp.exchange import Arrival, Exchange
-from megatsp.cp.local import BlockAttention
+from megatsp.cp.local import BlockAttention, CausalSquares
 from megatsp.tsp.partition import to_global, to_shards
 
-# Local queries [rows] see the arrived keys [columns] wholly.
-Visit = tuple[slice, slice]
+_ALL = slice(None)  # heads
 
 
 class BlockwiseAttention:
@@ -34,50 +34,54 @@ class BlockwiseAttention:
         self, exchange: Callable[[Tensor, str], Exchange], comm: Comm, kernel: BlockAttention, scale: float
     ) -> None:
         self._exchange, self._comm, self._kernel, self._scale = exchange, comm, kernel, scale
+        self._own = CausalSquares(kernel)
+        self._of_one_document: dict[tuple[int, ...], list[Visit]] = {}
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As `SequenceAttention.forward`; the log-sum-exp is [B, H, T/S] in fp32."""
         exchange, attention = (
             self._exchange(torch.stack([k, v]), "kv/forward"),
             self._kernel.attention_forward,
         )
-        out, lse = attention(q, k, v, True, self._scale)
+        out, lse = self._own.causal_forward(q, k, v, self._scale, documents.own if documents else None)
         total, lse = out.float(), lse.contiguous()
         for arrival in exchange.arrivals():
-            visits = visits_of(arrival, self._comm)
+            visits = self._visits(arrival, documents)
             key, value = _in_order(arrival)
             del arrival  # before the kernel runs
-            for rows, columns in visits:
-                part, part_lse = attention(
-                    q[..., rows, :], key[..., columns, :], value[..., columns, :], False, self._scale
-                )
-                _merge(total[..., rows, :], lse[..., rows], part, part_lse)
+            for samples, rows, columns in visits:
+                at, seen = (samples, _ALL, rows), (samples, _ALL, columns)
+                part, part_lse = attention(q[at], key[seen], value[seen], False, self._scale)
+                _merge(total[at], lse[at], part, part_lse)
             del key, value  # before the next ones arrive
         return total.to(q.dtype), lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        documents: Documents | None = None,
+    ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:  # fmt: skip
         """As `SequenceAttention.backward`; all gradients are fp32."""
         exchange, gradient = (
             self._exchange(torch.stack([k, v]), "kv/backward"),
             self._kernel.attention_backward,
         )
-        dq, dk, dv = gradient(dout, q, k, v, out, lse, True, self._scale)
+        dq, dk, dv = self._own.causal_backward(
+            dout, q, k, v, out, lse, self._scale, documents.own if documents else None
+        )
         dq, own = dq.float(), torch.stack([dk.float(), dv.float()])
         for arrival in exchange.arrivals():
-            visits, shards = visits_of(arrival, self._comm), arrival.kv.shape[0]
+            visits, shards = self._visits(arrival, documents), arrival.kv.shape[0]
             key, value = _in_order(arrival)
             del arrival
             dkv = own.new_zeros(2, *key.shape)
-            for rows, columns in visits:
+            for samples, rows, columns in visits:
+                at, seen = (samples, _ALL, rows), (samples, _ALL, columns)
                 # The block's share of the whole row's softmax: hence the row's out and lse.
-                part = gradient(
-                    dout[..., rows, :], q[..., rows, :], key[..., columns, :], value[..., columns, :],
-                    out[..., rows, :], lse[..., rows], False, self._scale,
-                )  # fmt: skip
-                dq[..., rows, :] += part[0]
-                dkv[0][..., columns, :], dkv[1][..., columns, :] = part[1:]
+                part = gradient(dout[at], q[at], key[seen], value[seen], out[at], lse[at], False, self._scale)
+                dq[at] += part[0]
+                dkv[0][seen], dkv[1][seen] = part[1:]
             del key, value
             exchange.send(to_shards(dkv, shards) if shards > 1 else dkv[None])
 
@@ -87,20 +91,18 @@ class BlockwiseAttention:
 
         return dq, arrived
 
-
-def visits_of(arrival: Arrival, comm: Comm) -> list[Visit]:
-    """Which of this rank's queries see which (disjoint) columns of the arrival in sequence order."""
-    shards, tokens = arrival.kv.shape[0], arrival.kv.shape[-2]
-    own, chunk, keys = comm.rank - arrival.first, tokens // 2, shards * tokens
-    if own < 0:  # later ranks' tokens lie between our chunks: our high chunk sees all of them
-        return [(slice(chunk, None), slice(None))]
-    if own >= shards:  # earlier ranks' lie on either side of ours: both chunks see the low half
-        return [(slice(None), slice(0, keys // 2))]
-    # Among them is our own block, which was attended to: before it lie the earlier ranks' low chunks,
-    # and between its two chunks the later ranks' chunks, which our high chunk sees.
-    earlier = (slice(None), slice(0, own * chunk))
-    between = (slice(chunk, None), slice((own + 1) * chunk, (2 * shards - 1 - own) * chunk))
-    return [visit for visit in (earlier, between) if visit[1].start < visit[1].stop]
+    def _visits(self, arrival: Arrival, documents: Documents | None) -> list[Visit]:
+        """What this rank's queries see of an arrival; see `visits_of`."""
+        shards, _, batch, _, tokens, _ = arrival.kv.shape
+        if documents is not None:
+            return documents.visits(arrival.first, shards)
+        key = batch, tokens, arrival.first, shards
+        if key not in self._of_one_document:
+            reaches = [(Reach(tokens // 2, 0), Reach(tokens // 2, 0))] * batch
+            self._of_one_document[key] = visits_of(
+                reaches, tokens // 2, self._comm.rank, self._comm.size, arrival.first, shards
+            )
+        return self._of_one_document[key]
 
 
 def _in_order(arrival: Arrival) -> Tensor:

@@ -17,30 +17,31 @@ from megatsp_kernels.attention import (
 from torch import Tensor
 
 from megatsp.comm import Comm
+from megatsp.cp.documents import Documents, PackedTokens
 from megatsp.cp.exchange import Arrival, Exchange
 
 _ABSENT = -1  # position of a chunk that is not to be seen
 
 
 class FusedBlock:
-    """A `BlockAttention` of tokens that are all here and in order; gradients are fp32."""
+    """A `CausalAttention`; gradients are fp32."""
 
-    def attention_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    def causal_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, packed: PackedTokens | None
     ) -> tuple[Tensor, Tensor]:
-        assert causal
-        start = _first(q)
-        result = attention_step(q, k[None], v[None], start, start, scale)
+        start, first = _start(q), packed.first if packed else None
+        result = attention_step(q, k[None], v[None], start, start, scale, q_first=first)
         assert isinstance(result, tuple)
         return result
 
-    def attention_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
-        scale: float,
+    def causal_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+        packed: PackedTokens | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        assert causal
-        start, delta = _first(q), attention_delta(out, dout)
-        dq, dk, dv = attention_backward_step(dout, q, k[None], v[None], lse, delta, start, start, scale)
+        start, first, delta = _start(q), packed.first if packed else None, attention_delta(out, dout)
+        dq, dk, dv = attention_backward_step(
+            dout, q, k[None], v[None], lse, delta, start, start, scale, q_first=first
+        )
         return dq, dk[0], dv[0]
 
 
@@ -54,37 +55,44 @@ class RingAttention:
         self._exchange, self._comm, self._scale = exchange, comm, scale
         self._positions: dict[tuple[int, int, int], Tensor] = {}
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As `SequenceAttention.forward`; the log-sum-exp is [B, H, T/S] in fp32."""
         kv = torch.stack([k, v])
         exchange, own = self._exchange(kv, "kv/forward"), self._own(kv)
-        result = attention_step(q, kv[None, 0], kv[None, 1], own, own, self._scale, last=False)
+        first = documents.own.first if documents else None
+        result = attention_step(q, kv[None, 0], kv[None, 1], own, own, self._scale, last=False, q_first=first)
         for i, arrival in enumerate(exchange.arrivals(), 1):
             assert isinstance(result, AttentionState)
             keys, values = arrival.kv.unbind(1)
             result = attention_step(
-                q, keys, values, own, self._others(arrival), self._scale, result, last=i == exchange.count
-            )
+                q, keys, values, own, self._others(arrival), self._scale, result,
+                last=i == exchange.count, q_first=first,
+            )  # fmt: skip
             del arrival, keys, values  # before the next ones arrive
         assert isinstance(result, tuple)
         return result
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        documents: Documents | None = None,
+    ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:  # fmt: skip
         """As `SequenceAttention.backward`; all gradients are fp32."""
         kv = torch.stack([k, v])
         exchange, own, delta = self._exchange(kv, "kv/backward"), self._own(kv), attention_delta(out, dout)
+        first = documents.own.first if documents else None
         dkv = torch.zeros_like(kv[None], dtype=torch.float32)
         dq, _, _ = attention_backward_step(
-            dout, q, kv[None, 0], kv[None, 1], lse, delta, own, own, self._scale, dk=dkv[:, 0], dv=dkv[:, 1]
-        )
+            dout, q, kv[None, 0], kv[None, 1], lse, delta, own, own, self._scale,
+            q_first=first, dk=dkv[:, 0], dv=dkv[:, 1],
+        )  # fmt: skip
         for arrival in exchange.arrivals():
             gradient = torch.zeros_like(arrival.kv, dtype=torch.float32)
             keys, values = arrival.kv.unbind(1)
             attention_backward_step(
                 dout, q, keys, values, lse, delta, own, self._others(arrival), self._scale,
-                dq=dq, dk=gradient[:, 0], dv=gradient[:, 1],
+                dq=dq, q_first=first, dk=gradient[:, 0], dv=gradient[:, 1],
             )  # fmt: skip
             del arrival, keys, values
             exchange.send(gradient)
@@ -116,6 +124,6 @@ class RingAttention:
         return self._positions[first, count, tokens]
 
 
-def _first(q: Tensor) -> Tensor:
+def _start(q: Tensor) -> Tensor:
     """The position of one chunk that begins the sequence."""
     return torch.zeros(1, dtype=torch.int64, device=q.device)

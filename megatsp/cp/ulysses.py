@@ -14,28 +14,34 @@ import torch
 from torch import Tensor
 
 from megatsp.comm import Comm, Pending
-from megatsp.cp.local import BlockAttention
+from megatsp.cp.documents import Documents
+from megatsp.cp.local import CausalAttention
 from megatsp.tsp.partition import to_global, to_shards
 
 
 class UlyssesAttention:
     """softmax(q k^T scale) v over the S ranks of `comm`: a `SequenceAttention`. S divides H and K."""
 
-    def __init__(self, comm: Comm, kernel: BlockAttention, scale: float) -> None:
+    def __init__(self, comm: Comm, kernel: CausalAttention, scale: float) -> None:
         self._comm, self._kernel, self._scale = comm, kernel, scale
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As `SequenceAttention.forward`; the log-sum-exp is [B, H/S, T], of rank r's H/S heads."""
         q, k, v = self._to_heads("ulysses/forward", q, k, v)
-        out, lse = self._kernel.attention_forward(q, k, v, True, self._scale)
+        out, lse = self._kernel.causal_forward(q, k, v, self._scale, documents.whole if documents else None)
         return self._to_sequence("ulysses/forward", out).wait(), lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        documents: Documents | None = None,
+    ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:  # fmt: skip
         """As `SequenceAttention.backward`; all gradients are fp32, but travelled in the compute dtype."""
         dout, q, k, v, out = self._to_heads("ulysses/backward", dout, q, k, v, out)
-        dq, dk, dv = self._kernel.attention_backward(dout, q, k, v, out, lse, True, self._scale)
+        dq, dk, dv = self._kernel.causal_backward(
+            dout, q, k, v, out, lse, self._scale, documents.whole if documents else None
+        )
         dq_pending = self._to_sequence("ulysses/backward", dq)
         dkv_pending = self._to_sequence("ulysses/backward", torch.stack([dk, dv]))
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from megatsp.cp.documents import Documents
 from megatsp.model.rotary import rotary_table
 from megatsp.schema import ModelConfig
-from megatsp.tsp.attention import HeadVectors, RotaryTable
+from megatsp.tsp.attention import HeadVectors, Positions
 from megatsp.tsp.head import StreamedHead
 from megatsp.tsp.layer import LayerTensors, StreamedLayer
 
@@ -71,11 +72,11 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        table: RotaryTable,
+        positions: Positions,
         following: Callable[[], None] | None,
         preceding: Callable[[], None] | None,
     ) -> Tensor:
-        return self.stream(x, self.tensors(), table, following, preceding)
+        return self.stream(x, self.tensors(), positions, following, preceding)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -131,17 +132,34 @@ class GPT(nn.Module):
         assert isinstance(layer, DecoderLayer)
         return layer
 
-    def forward(self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        ids: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        first: Tensor | None = None,
+    ) -> Tensor:
         """ids: int64 [B, T_local], this rank's share (`Axes.take_local`); labels and mask likewise.
 
+        first: int64 [B, T] of the WHOLE sequence, on the CPU: for each position that of the first token of
+            its document, which alone is seen from it. None: a sample is one document.
         Returns each local token's loss times its mask, fp32 [B, T_local]; without labels the last
         layer's output [B, T_local, h], before the final norm.
         """
+        # Not in forward: FSDP2 takes tensors to the GPU before that, and the host would wait for them.
+        documents = None if first is None else self.engine.documents(ids, first)
+        return super().__call__(ids, labels, mask, documents)
+
+    def forward(
+        self, ids: Tensor, labels: Tensor | None, mask: Tensor | None, documents: Documents | None
+    ) -> Tensor:
+        """See `__call__`."""
         engine, layers = self.engine, self.model.layers
-        table = rotary_table(self.config, engine.positions(ids))
+        at = engine.positions(ids, documents)
+        positions = Positions(*rotary_table(self.config, at), documents)
         x = self.model.embed_tokens(ids)
         for i, layer in enumerate(layers):
-            x = layer(x, table, engine.after_forward(i, labels is not None), engine.after_backward(i))
+            x = layer(x, positions, engine.after_forward(i, labels is not None), engine.after_backward(i))
         if labels is None:
             return x
         gain, preceding = local(self.model.norm.weight), engine.after_backward(len(layers))

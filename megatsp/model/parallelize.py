@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from megatsp.axes import Axes
+from megatsp.cp.documents import Documents
 from megatsp.cp.sequence import sequence_attention
 from megatsp.kernels import choose_kernels, resolve
 from megatsp.model.gpt import GPT, DecoderLayer, local
@@ -209,9 +210,25 @@ class Engine:
             torch.distributed.barrier(self._axes.tsp.group)
             self.overlap.exchange.close()
 
-    def positions(self, ids: Tensor) -> Tensor:
-        """Global positions of the tokens that attention computes with: int64 [T_local tp]."""
-        return self._axes.positions(ids.shape[1])
+    def documents(self, ids: Tensor, first: Tensor) -> Documents:
+        """Of a batch whose share this rank has in `ids`; first: see `GPT.__call__`.
+
+        Raises:
+            ValueError: `first` is not that of such a batch.
+        """
+        axes = self._axes
+        expected = ids.shape[0], ids.shape[1] * axes.tp.size * axes.sequence.size
+        if first.shape != expected:
+            raise ValueError(f"first must be of the whole sequence, {expected}; got {tuple(first.shape)}")
+        return Documents(first, axes.sequence.rank, axes.sequence.size, axes.device)
+
+    def positions(self, ids: Tensor, documents: Documents | None) -> Tensor:
+        """Where the tokens that attention computes with stand in their documents.
+
+        int64 [T_local tp], the same in all samples, or with `documents` [B, 1, T_local tp].
+        """
+        positions = self._axes.positions(ids.shape[1])
+        return positions if documents is None else (positions - documents.own.first)[:, None]
 
     def after_forward(self, index: int, with_head: bool) -> Callable[[], None] | None:
         """Posts what comes after layer `index` in the forward: the next layer, or the head."""

@@ -30,14 +30,15 @@ def inverse_frequencies(model: ModelConfig) -> Tensor:
 
 
 def rotary_table(model: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines at global `positions` [T]: two fp32 [T, d/2]."""
-    angles = positions.float()[:, None] * inverse_frequencies(model).to(positions.device)
+    """Cosines and sines at `positions` [.., T]: two fp32 [.., T, d/2]."""
+    angles = positions.float()[..., None] * inverse_frequencies(model).to(positions.device)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, out: Tensor | None = None) -> Tensor:
-    """Rotates the pairs (i, i + d/2) of x [.., T, d] by a `rotary_table`'s angles; computed in fp32.
+    """Rotates the pairs (i, i + d/2) of x [B, H, T, d] by a `rotary_table`'s angles; computed in fp32.
 
+    cos, sin: [T, d/2], or [B, 1, T, d/2] where the samples' positions differ.
     inverse: by the negative angles, which is the backward. out: another tensor to write into.
     """
     out = torch.empty_like(x) if out is None else out

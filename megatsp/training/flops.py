@@ -1,6 +1,7 @@
 """Model FLOPs: what the mathematics needs, never what is computed twice."""
 
 import torch
+from torch import Tensor
 
 from megatsp.model.gpt import count_parameters
 from megatsp.schema import ModelConfig
@@ -10,16 +11,30 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "MI300X": 1307.0, "MI325X": 1307.0,
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
-    """Forward and backward FLOPs of one token: 6 N, and causal attention.
+    """Forward and backward FLOPs of one token of a plain causal sequence: T/2 keys on average."""
+    return flops(model, 1, seq_length / 2)
+
+
+def flops(model: ModelConfig, tokens: float, pairs: float) -> float:
+    """Forward and backward FLOPs of so many tokens: 6 N each, and attention of so many pairs.
 
     N counts every parameter that multiplies: all but an untied input embedding, which is only
-    looked up. Attention: 2 products of 2 d FLOPs with T/2 keys on average, times 3 for the backward.
+    looked up. A pair is a query and a key that it sees: 2 products of 2 d FLOPs, times 3 for the backward.
     """
     parameters = count_parameters(model)
     if model.untie_embeddings_and_output_weights:
         parameters -= model.vocab_size * model.hidden_size
     heads = model.num_layers * model.num_attention_heads * model.kv_channels
-    return 6.0 * parameters + 6.0 * seq_length * heads
+    return 6.0 * parameters * tokens + 12.0 * pairs * heads
+
+
+def attended_pairs(first: Tensor) -> int:
+    """Pairs of a query and a key of its own document, itself included.
+
+    first: int64 [.., T], for each position that of the first token of its document.
+    """
+    positions = torch.arange(first.shape[-1], device=first.device)
+    return int((positions - first + 1).sum())
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from megatsp.model.gpt import GPT
 
-Batch = tuple[Tensor, Tensor, Tensor]  # ids, labels, mask: this rank's [B, T_local]
+# ids, labels, mask: this rank's [B, T_local]; first: [B, T] on the CPU, or None. See GPT.__call__.
+Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def accumulate_gradients(gpt: GPT, batches: Sequence[Batch], loss_tokens: Tensor | float) -> Tensor:

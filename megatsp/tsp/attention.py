@@ -1,7 +1,7 @@
 """Attention with streamed weights: forward and backward, one bucket of heads at a time.
 
-Per bucket: q, k, v = x W_q^T, x W_k^T, x W_v^T; rotary by global position; attention over the
-whole sequence; y += a W_o^T. y is summed in fp32 over buckets and belongs to local tokens
+Per bucket: q, k, v = x W_q^T, x W_k^T, x W_v^T; rotary by position in the document; attention over
+the whole sequence; y += a W_o^T. y is summed in fp32 over buckets and belongs to local tokens
 alone: nothing is all-reduced.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatsp.cp.documents import Documents
 from megatsp.cp.sequence import SequenceAttention
 from megatsp.schema import ModelConfig
 from megatsp.tsp.buckets import Bucket, Columns
@@ -19,7 +20,18 @@ from megatsp.tsp.operations import Kernels
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
 
-RotaryTable = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens of a batch stand, as attention needs to know it.
+
+    cos, sin: of each token's position in its document: fp32 [T/D, d/2], or [B, 1, T/D, d/2] where samples
+    differ. documents: None: a sample is one.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    documents: Documents | None
 
 
 @dataclass
@@ -81,7 +93,7 @@ class StreamedAttention:
         x: Tensor,
         weights: Sequence[Tensor],
         vectors: HeadVectors,
-        table: RotaryTable,
+        positions: Positions,
         keep_projected: bool,
         following: Callable[[], None] | None,
     ) -> tuple[Tensor, dict[int, SavedBucket]]:
@@ -90,8 +102,8 @@ class StreamedAttention:
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
             projected = self._project(rows, columns, bucket, vectors)
-            q, k, v = self._heads(projected.view(*x.shape[:2], -1), bucket, vectors, table)
-            out, lse = self._sequence.forward(q, k, v)
+            q, k, v = self._heads(projected.view(*x.shape[:2], -1), bucket, vectors, positions)
+            out, lse = self._sequence.forward(q, k, v, positions.documents)
             y.add(_rows(out), columns.pieces[3].t())
             saved[step] = SavedBucket(out, lse, projected if keep_projected else None)
 
@@ -104,7 +116,7 @@ class StreamedAttention:
         x: Tensor,
         weights: Sequence[Tensor],
         vectors: HeadVectors,
-        table: RotaryTable,
+        positions: Positions,
         saved: dict[int, SavedBucket],
         following: Callable[[], None] | None,
     ) -> tuple[Tensor, Gradients, HeadVectors]:
@@ -124,13 +136,14 @@ class StreamedAttention:
             projected = projected.view(*x.shape[:2], -1)
             dout = columns.times(drows, 3, 4).view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
             dq, kv_gradients = self._sequence.backward(
-                dout, *self._heads(projected, bucket, vectors, table), kept.out, kept.lse
-            )
+                dout, *self._heads(projected, bucket, vectors, positions), kept.out, kept.lse,
+                positions.documents,
+            )  # fmt: skip
             dcolumns = gradients.buffer(step)
             # While the gradients of keys and values travel:
             dcolumns.set(3, 4, drows.t(), _rows(kept.out))
             dheads = (dq, *kv_gradients())
-            dprojected = self._heads_backward(dheads, projected, bucket, vectors, dvectors, table)
+            dprojected = self._heads_backward(dheads, projected, bucket, vectors, dvectors, positions)
             dprojected = dprojected.flatten(0, 1)
             dcolumns.set(0, 3, rows.t(), dprojected)
             gradients.send(step, dcolumns)
@@ -148,7 +161,7 @@ class StreamedAttention:
         return projected
 
     def _heads(
-        self, projected: Tensor, bucket: Bucket, vectors: HeadVectors, table: RotaryTable
+        self, projected: Tensor, bucket: Bucket, vectors: HeadVectors, positions: Positions
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T/D, columns] to q [B, H, T/D, d] and k, v [B, K, T/D, d], normalised and rotated."""
         q, k, v = (t.unflatten(-1, (-1, self._head_width)) for t in _columns(projected, bucket))
@@ -156,7 +169,7 @@ class StreamedAttention:
             q, k = (
                 self._norm.rms_norm(t, g, self._epsilon) for t, g in zip((q, k), vectors.gains, strict=True)
             )
-        q, k = (self._rotate(t.transpose(1, 2), *table) for t in (q, k))
+        q, k = (self._rotate(t.transpose(1, 2), positions.cos, positions.sin) for t in (q, k))
         return q, k, v.transpose(1, 2)
 
     def _heads_backward(
@@ -166,14 +179,14 @@ class StreamedAttention:
         bucket: Bucket,
         vectors: HeadVectors,
         dvectors: HeadVectors,
-        table: RotaryTable,
+        positions: Positions,
     ) -> Tensor:
         """Gradient of the projected columns [B, T/D, columns] in their dtype; adds to `dvectors`."""
         gradient = torch.empty_like(projected)
         spans = [t.unflatten(-1, (-1, self._head_width)) for t in _columns(gradient, bucket)]
         dq, dk, dv = dheads
         for target, dhead in zip(spans, (dq, dk), strict=False):
-            self._rotate(dhead, *table, inverse=True, out=target.transpose(1, 2))
+            self._rotate(dhead, positions.cos, positions.sin, inverse=True, out=target.transpose(1, 2))
         spans[2].copy_(dv.transpose(1, 2))
         if vectors.gains and dvectors.gains:
             inputs = _columns(projected, bucket)

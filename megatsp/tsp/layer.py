@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatsp.tp.tokens import GroupTokens
-from megatsp.tsp.attention import HeadVectors, RotaryTable, SavedBucket, StreamedAttention
+from megatsp.tsp.attention import HeadVectors, Positions, SavedBucket, StreamedAttention
 from megatsp.tsp.mlp import StreamedMLP
 from megatsp.tsp.operations import Norm
 from megatsp.tsp.small import Small
@@ -75,7 +75,7 @@ class StreamedLayer:
         self,
         x: Tensor,
         tensors: LayerTensors,
-        table: RotaryTable,
+        positions: Positions,
         following: Callable[[], None] | None,
         preceding: Callable[[], None] | None,
     ) -> Tensor:
@@ -84,7 +84,7 @@ class StreamedLayer:
         following: posts what comes after this layer's forward; preceding: after its backward.
         """
         grad = torch.is_grad_enabled()
-        return _Layer.apply(x, self, tensors, table, following, preceding, grad, *tensors.flat())
+        return _Layer.apply(x, self, tensors, positions, following, preceding, grad, *tensors.flat())
 
 
 @dataclass
@@ -102,7 +102,7 @@ class _Layer(torch.autograd.Function):
         x: Tensor,
         layer: StreamedLayer,
         tensors: LayerTensors,
-        table: RotaryTable,
+        positions: Positions,
         following: Callable[[], None] | None,
         preceding: Callable[[], None] | None,
         grad: bool,
@@ -111,7 +111,7 @@ class _Layer(torch.autograd.Function):
         gains = layer.small.gains(tensors.gains)
         keep = grad and layer.recompute == "none"
         middle, normed, attention = _attention_forward(
-            layer, x, gains, tensors, table, keep, partial(layer.mlp.prefetch, tensors.mlp)
+            layer, x, gains, tensors, positions, keep, partial(layer.mlp.prefetch, tensors.mlp)
         )
         full = layer.recompute == "full"
         if full or not grad:
@@ -121,7 +121,7 @@ class _Layer(torch.autograd.Function):
         y = layer.tokens.reduce_scatter(y, "mlp/tokens").wait()
         if grad:
             ctx.save_for_backward(x, *flat)
-            ctx.layer, ctx.table, ctx.preceding = layer, table, preceding
+            ctx.layer, ctx.positions, ctx.preceding = layer, positions, preceding
             ctx.vectors_present = tensors.vectors.present
             # Not by save_for_backward, which is for inputs and outputs; backward lets go of it.
             ctx.kept = _Saved(gains, attention, None if full else middle, mlp)
@@ -131,7 +131,7 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *flat = ctx.saved_tensors
-        layer, table, preceding = ctx.layer, ctx.table, ctx.preceding
+        layer, positions, preceding = ctx.layer, ctx.positions, ctx.preceding
         kept, ctx.kept = ctx.kept, None
         tensors = _unflatten(flat, *ctx.vectors_present)
         prefetch_attention = partial(layer.attention.prefetch, tensors.attention)
@@ -141,7 +141,7 @@ class _Layer(torch.autograd.Function):
         norm, epsilon = layer.norm, layer.epsilon
         if middle is None:
             middle, normed, attention = _attention_forward(
-                layer, x, kept.gains, tensors, table, True, prefetch_mlp
+                layer, x, kept.gains, tensors, positions, True, prefetch_mlp
             )
         else:
             normed = norm.rms_norm(middle, kept.gains[1], epsilon)
@@ -154,7 +154,7 @@ class _Layer(torch.autograd.Function):
         normed = norm.rms_norm(x, kept.gains[0], epsilon)
         normed, dy = _gathered(layer.tokens, normed, dmiddle.to(x.dtype), "attention/tokens")
         dnormed, attention_gradients, dvectors = layer.attention.backward(
-            dy, normed, tensors.attention, tensors.vectors, table, attention, preceding
+            dy, normed, tensors.attention, tensors.vectors, positions, attention, preceding
         )
         dnormed = layer.tokens.reduce_scatter(dnormed, "attention/tokens").wait()
         del normed, dy
@@ -175,7 +175,7 @@ def _attention_forward(
     x: Tensor,
     gains: Tensor,
     tensors: LayerTensors,
-    table: RotaryTable,
+    positions: Positions,
     keep_projected: bool,
     following: Callable[[], None],
 ) -> tuple[Tensor, Tensor, dict[int, SavedBucket]]:
@@ -183,7 +183,7 @@ def _attention_forward(
     normed = layer.norm.rms_norm(x, gains[0], layer.epsilon)
     normed = layer.tokens.gather(normed, "attention/tokens").wait()
     y, saved = layer.attention.forward(
-        normed, tensors.attention, tensors.vectors, table, keep_projected, following
+        normed, tensors.attention, tensors.vectors, positions, keep_projected, following
     )
     y = layer.tokens.reduce_scatter(y, "attention/tokens").wait()
     del normed

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatsp.cp.fused import FusedBlock
 from megatsp.cp.local import BlockAttention
 from megatsp.tsp.loss import BucketLoss
 
@@ -37,7 +38,7 @@ class SwiGLU(Protocol):
 
 
 class Rotary(Protocol):
-    """The rotation by position: see megatsp/model/rotary.py."""
+    """The rotation by position: see megatsp/model/rotary.py. cos, sin: [T, d/2] or [B, 1, T, d/2]."""
 
     def rotate(
         self, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, out: Tensor | None = None
@@ -48,7 +49,7 @@ class Rotary(Protocol):
 class Kernels:
     """One implementation of each operation, resolved for a device."""
 
-    attention: BlockAttention
+    attention: BlockAttention | FusedBlock
     norm: Norm
     rotary: Rotary
     swiglu: SwiGLU

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from megatsp.comm import Comm, Traffic
-from megatsp.cp.blockwise import visits_of
 from megatsp.cp.sequence import SequenceAttention, sequence_attention
 from megatsp.tsp.partition import take_local
 
@@ -168,7 +167,7 @@ def rank_visited(mesh: tuple[int, int], name: str) -> int:
     visited = length * (length + 1) // 2
     for arrival in sequence._exchange(torch.zeros(2, 1, 1, length, WIDTH), "kv/forward").arrivals():
         keys = arrival.kv.shape[0] * length
-        for rows, columns in visits_of(arrival, sequence._comm):
+        for _, rows, columns in sequence._visits(arrival, None):
             visited += len(range(length)[rows]) * len(range(keys)[columns])
     return visited
 
