@@ -8,6 +8,7 @@ so that a group stays inside a node). Axes of one rank are there too and cost no
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -89,6 +90,12 @@ class Axes:
         """This rank's share of the sequence, [B, T] to [B, T_local]: its zigzag chunks, cut over tp."""
         share = take_local(tokens, self.sequence.rank, self.sequence.size)
         return share.chunk(self.tp.size, 1)[self.tp.rank]
+
+    def spans(self, length: int) -> tuple[tuple[int, int], ...]:
+        """Which positions of a sequence `take_local` gives this rank, as runs [start, stop)."""
+        own = self.take_local(torch.arange(length)[None])[0]
+        starts = [0, *(torch.nonzero(own.diff() != 1)[:, 0] + 1).tolist(), len(own)]
+        return tuple((int(own[i]), int(own[j - 1]) + 1) for i, j in pairwise(starts))
 
     def positions(self, local_length: int) -> Tensor:
         """Global positions of the tokens that this rank's tp group holds: int64 [T_local tp]."""

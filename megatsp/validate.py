@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from typing import Any
 
-from megatsp.data.sources import read_sources
+from megatsp.data.source_list import read_sources
 from megatsp.nearest import did_you_mean
 from megatsp.parallel_rules import (
     bucket_errors,

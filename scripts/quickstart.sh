@@ -20,16 +20,17 @@ from pathlib import Path
 
 from megatsp.compose import from_yaml
 from megatsp.data.bigram import bits_per_byte
+from megatsp.data.splits import load_splits
 from megatsp.data.tokenizer import load_tokenizer
 from megatsp.training.logs import read_metrics
-from megatsp.training.run import load_data
 
 run = Path(sys.argv[1])
 config = from_yaml((run / "config.yaml").read_text())
-train, valid = load_data(config, load_tokenizer(config.data.tokenizer))
-samples = min(config.trainer.eval_iters * config.trainer.global_batch_size, len(valid))
+tokenizer = load_tokenizer(config.data.tokenizer)
+data = load_splits(config, tokenizer)
+samples = min(config.trainer.eval_iters * config.trainer.global_batch_size, len(data.valid))
 scores = [e["val/bits-per-byte"] for e in read_metrics(run / "metrics.jsonl") if "val/bits-per-byte" in e]
-print(f"  byte bigram, fitted on the same training text: {bits_per_byte(train, valid, samples):.4f}")
+print(f"  byte bigram, fitted on the same training text: {bits_per_byte(data.train, data.valid, tokenizer, samples):.4f}")
 print(f"  this GPT:                                      {scores[-1]:.4f}")
 PY
 

@@ -36,6 +36,7 @@ TINY = (
     "trainer.train_iters=10", "trainer.eval_interval=0", "trainer.eval_iters=2", "data.valid_fraction=0.25",
     "optimizer.lr=0.01", "scheduler.lr_warmup_iters=2", "scheduler.min_lr=0.001",
     "logging.log_interval=1", "logging.wandb=disabled", "checkpoint.save_interval=0", "launch.device=cpu",
+    "data.num_workers=0",
 )  # fmt: skip
 
 

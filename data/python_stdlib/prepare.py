@@ -12,8 +12,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from megatsp.data.dataset import split_documents
 from megatsp.data.indexed import IndexedDocuments, IndexedWriter, read_info
+from megatsp.data.sample_index import DocumentOrder
+from megatsp.data.splits import split_documents
 from megatsp.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from megatsp.schema import DataConfig, TrainerConfig
 
@@ -91,8 +92,9 @@ def prepare_tokenizer(documents: list[tuple[str, str]], path: str, options: argp
     if options.tokenizer == "byte":
         return ByteTokenizer()
     print(f"training a BPE of {options.vocab_size} tokens on the training split", file=sys.stderr)
-    train, _ = split_documents(len(documents), options.valid_fraction, options.seed)
-    return train_bpe((documents[i][1] for i in train), options.vocab_size, path)
+    held_in = split_documents(len(documents), options.valid_fraction)["train"]
+    train = DocumentOrder(len(documents), options.seed, *held_in)
+    return train_bpe((documents[i][1] for i in sorted(train(0, len(train)))), options.vocab_size, path)
 
 
 def write(documents: list[tuple[str, str]], prefix: str, tokenizer: Tokenizer, source: str) -> None:

@@ -11,12 +11,14 @@ includes the cost of predicting each eod, while only bytes are counted in the de
 """
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 
-from megatsp.data.dataset import GPTDataset
+from megatsp.data.blend import Blend, Draw
+from megatsp.data.splits import load_splits
 from megatsp.data.tokenizer import Tokenizer, load_tokenizer
-from megatsp.schema import DataConfig, TrainerConfig
+from megatsp.schema import Config, DataConfig, ModelConfig, TrainerConfig
 
 PRIOR = 16.0  # pseudo-counts
 EOD = 256
@@ -24,13 +26,11 @@ SYMBOLS = 257
 CHUNK_TOKENS = 1 << 18  # bounds the memory of counting
 
 
-def bits_per_byte(
-    train_dataset: GPTDataset, valid_dataset: GPTDataset, num_samples: int | None = None
-) -> float:
-    """Fit on the whole training stream and score the labels of validation samples.
+def bits_per_byte(train: Blend, valid: Blend, tokenizer: Tokenizer, num_samples: int | None = None) -> float:
+    """Fit on all documents of the training split and score the trained labels of validation samples.
 
-    Those are the labels that a model's evaluation on as many samples is scored on (`GPTDataset.spread`),
-    byte for byte: a BPE token is scored as its bytes.
+    Those are the labels that a model's evaluation on as many samples is scored on (`Blend.spread`), byte for
+    byte: a BPE token is scored as its bytes.
 
     Args:
         num_samples: None scores every sample of the validation split.
@@ -39,65 +39,65 @@ def bits_per_byte(
         bits per UTF-8 byte.
 
     Raises:
-        ValueError: num_samples is not from 1 to len(valid_dataset).
+        ValueError: num_samples is not from 1 to len(valid), or the tokenizer's ids have no exact bytes.
     """
-    num_samples = len(valid_dataset) if num_samples is None else num_samples
-    if not 1 <= num_samples <= len(valid_dataset):
-        raise ValueError(f"num_samples is {num_samples}; the validation split has 1 to {len(valid_dataset)}")
-    bits = -np.log2(_conditional(stream_counts(train_dataset)))
-    counts = sample_counts(valid_dataset, valid_dataset.spread(num_samples))
+    num_samples = len(valid) if num_samples is None else num_samples
+    if not 1 <= num_samples <= len(valid):
+        raise ValueError(f"num_samples is {num_samples}; the validation split has 1 to {len(valid)}")
+    bits = -np.log2(_conditional(document_counts(train, tokenizer)))
+    counts = sample_counts(valid, valid.spread(num_samples), tokenizer)
     num_bytes = counts[:, :EOD].sum()
     if num_bytes == 0:
         raise ValueError(f"{num_samples} validation samples hold no bytes; score more of them")
     return float((counts * bits).sum() / num_bytes)
 
 
-def stream_counts(dataset: GPTDataset) -> np.ndarray:
-    """How often symbol b follows symbol a in a split's stream, int64 [257, 257] as [a, b].
+def document_counts(blend: Blend, tokenizer: Tokenizer) -> np.ndarray:
+    """How often symbol b follows symbol a in a split's documents, int64 [257, 257] as [a, b].
 
-    What precedes the stream is taken to be eod.
+    What precedes a document is taken to be eod.
     """
-    table, counts, context = _SymbolTable(dataset.tokenizer), _no_counts(), EOD
-    for begin in range(0, dataset.num_tokens, CHUNK_TOKENS):
-        symbols = table.symbols(dataset.stream(begin, min(begin + CHUNK_TOKENS, dataset.num_tokens)))
-        counts += _pairs(context, symbols)
-        context = int(symbols[-1])
+    table, counts = _SymbolTable(tokenizer), np.zeros((SYMBOLS, SYMBOLS), dtype=np.int64)
+    eod = np.array([tokenizer.eod])
+    for source in blend.sources:
+        for tokens in source.samples.documents():
+            for begin in range(0, len(tokens), CHUNK_TOKENS):
+                context = tokens[begin - 1 : begin] if begin else eod
+                part = np.concatenate([context, tokens[begin : begin + CHUNK_TOKENS]])
+                counts += table.pairs(part[:-1], part[1:])
     return counts
 
 
-def sample_counts(dataset: GPTDataset, indices: np.ndarray) -> np.ndarray:
-    """The same over the labels of these samples; a sample's first token is context alone."""
-    table, counts = _SymbolTable(dataset.tokenizer), _no_counts()
-    for index in indices:
-        tokens = dataset.sample(int(index))
-        counts += _pairs(int(table.symbols(tokens[:1])[-1]), table.symbols(tokens[1:]))
+def sample_counts(blend: Blend, draws: Sequence[Draw], tokenizer: Tokenizer) -> np.ndarray:
+    """The same over the trained labels of these samples."""
+    table, counts = _SymbolTable(tokenizer), np.zeros((SYMBOLS, SYMBOLS), dtype=np.int64)
+    for draw in draws:
+        sample = blend.sample(draw)
+        trained = sample.mask > 0
+        counts += table.pairs(sample.tokens[trained], sample.labels[trained])
     return counts
-
-
-def _no_counts() -> np.ndarray:
-    return np.zeros((SYMBOLS, SYMBOLS), dtype=np.int64)
-
-
-def _pairs(context: int, symbols: np.ndarray) -> np.ndarray:
-    contexts = np.concatenate(([context], symbols[:-1]))
-    pairs = np.bincount(contexts * SYMBOLS + symbols, minlength=SYMBOLS * SYMBOLS)
-    return pairs.reshape(SYMBOLS, SYMBOLS)
 
 
 class _SymbolTable:
     """Maps token ids to the symbols that they stand for; a special token stands for eod."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.token_bytes is None:
+            raise ValueError(f"the {tokenizer.name} tokenizer's ids have no exact bytes to count")
         symbols = [list(b) or [EOD] for b in tokenizer.token_bytes]
         self._lengths = np.array([len(s) for s in symbols], dtype=np.int64)
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._flat = np.array([symbol for s in symbols for symbol in s], dtype=np.int64)
 
-    def symbols(self, ids: np.ndarray) -> np.ndarray:
-        lengths = self._lengths[ids]
-        ends = np.cumsum(lengths)
-        shifts = np.repeat(self._starts[ids] - (ends - lengths), lengths)
-        return self._flat[np.arange(ends[-1]) + shifts]
+    def pairs(self, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Counts [257, 257] of the labels' symbols after what precedes each: labels[i] follows tokens[i]."""
+        lengths = self._lengths[labels]
+        starts = np.cumsum(lengths) - lengths
+        symbols = self._flat[np.arange(lengths.sum()) + np.repeat(self._starts[labels] - starts, lengths)]
+        contexts = np.roll(symbols, 1)
+        contexts[starts] = self._flat[self._starts[tokens] + self._lengths[tokens] - 1]
+        pairs = np.bincount(contexts * SYMBOLS + symbols, minlength=SYMBOLS * SYMBOLS)
+        return pairs.reshape(SYMBOLS, SYMBOLS)
 
 
 def _conditional(counts: np.ndarray) -> np.ndarray:
@@ -124,13 +124,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         tokenizer = load_tokenizer(options.tokenizer)
-        train, valid = (
-            GPTDataset(
-                options.data, split, options.seq_length, tokenizer, options.valid_fraction, options.seed
-            )
-            for split in ("train", "valid")
+        config = Config(
+            data=DataConfig(path=[options.data], valid_fraction=options.valid_fraction),
+            trainer=TrainerConfig(seq_length=options.seq_length, seed=options.seed),
+            model=ModelConfig(vocab_size=tokenizer.vocab_size),
         )
-        print(f"{bits_per_byte(train, valid, options.samples):.4f}")
+        splits = load_splits(config, tokenizer)
+        if splits.valid is None:
+            raise ValueError("--valid-fraction 0 holds no validation documents out")
+        print(f"{bits_per_byte(splits.train, splits.valid, tokenizer, options.samples):.4f}")
     except ValueError as error:
         parser.error(str(error))
 

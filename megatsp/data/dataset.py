@@ -1,6 +1,6 @@
 """The samples of one split of one corpus: which tokens they have, and which of these are trained."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,6 +91,17 @@ class SampledCorpus:
             first = np.repeat(starts, rows["length"])[:seq_length]
             first = np.concatenate([first, np.full(seq_length - len(first), len(first))])
         return Sample(tokens, labels, mask, first)
+
+    @property
+    def documents_range(self) -> tuple[int, int]:
+        """Of the corpus's seeded order of documents."""
+        return self._order.begin, self._order.end
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """The tokens of every document of the split, views of the file, in its order."""
+        for chunk in self._order.chunks():
+            for document, size in zip(chunk.tolist(), self.corpus.sizes(chunk).tolist(), strict=True):
+                yield self.corpus.tokens(document, 0, size)
 
     def _rows(self, index: int) -> np.ndarray:
         """The pieces, PIECE [n]; of a stream T + 1 tokens' worth, the last label's being the last row."""

@@ -6,6 +6,7 @@ A rank asks for its own positions of its own samples; the processes that read sh
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from megatsp.data.blend import Blend, Draw
 from megatsp.data.dataset import Span
 from megatsp.schema import DataConfig
+
+T = TypeVar("T")
 
 # ids, labels [B, T_local] int64 and mask float32, of this rank's positions; first [B, T] int64, or None.
 HostBatch = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -35,17 +38,17 @@ class Share:
         """Of one global batch."""
         return self.global_batch_size // (self.micro_batch_size * self.dp_size)
 
-    def micro_batches(self, draws: Sequence[Draw]) -> list[list[Draw]]:
-        """This rank's, of a global batch: sample j of micro-batch m is draws[(m dp_size + dp_rank) B + j]."""
+    def micro_batches(self, samples: Sequence[T]) -> list[list[T]]:
+        """This rank's, of a global batch: sample j of the m-th is samples[(m dp_size + dp_rank) B + j]."""
         size = self.micro_batch_size
         begins = range(self.dp_rank * size, self.global_batch_size, self.dp_size * size)
-        return [list(draws[begin : begin + size]) for begin in begins]
+        return [list(samples[begin : begin + size]) for begin in begins]
 
 
 class Loader:
     """The rank's micro-batches from `consumed` samples on, without end.
 
-    Use it as a context manager: its processes end with the block, and also when this process dies.
+    Its processes end by `close`, and also when this process dies.
 
     Args:
         consumed: samples that were consumed by all ranks before.
@@ -57,25 +60,18 @@ class Loader:
 
     def __init__(self, blend: Blend, consumed: int, share: Share, config: DataConfig, pin: bool) -> None:
         workers = config.num_workers
-        several = dict(
+        several: dict[str, Any] = dict(
             num_workers=workers, prefetch_factor=config.prefetch_factor, multiprocessing_context="forkserver",
             worker_init_fn=_ignore_interrupts, pin_memory=pin,
         )  # fmt: skip
-        self._loader = DataLoader(
+        loader = DataLoader(
             _Reader(blend, share.spans),
             batch_size=None,  # a draw of the sampler is a whole micro-batch
-            sampler=_Order(blend, consumed, share),  # type: ignore[arg-type]  # any iterable will do
+            sampler=_Order(blend, consumed, share),
             generator=torch.Generator(),  # it draws a seed, which nothing here uses
-            **(several if workers else dict(pin_memory=pin)),  # type: ignore[arg-type]
+            **(several if workers else dict(pin_memory=pin)),
         )
-        self._iterator: Iterator[HostBatch | str] | None = None
-
-    def __enter__(self) -> "Loader":
-        self._iterator = iter(self._loader)  # processes start, and read ahead
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._iterator = None
+        self._iterator: Iterator[HostBatch | str] | None = iter(loader)  # processes start, and read ahead
 
     def __next__(self) -> HostBatch:
         assert self._iterator is not None
@@ -83,6 +79,10 @@ class Loader:
         if isinstance(batch, str):
             raise ValueError(batch)
         return batch
+
+    def close(self) -> None:
+        """Ends the processes that read."""
+        self._iterator = None
 
 
 class _Order:
@@ -113,16 +113,10 @@ class _Reader(Dataset[HostBatch | str]):
 def read_batch(blend: Blend, draws: Sequence[Draw], spans: Sequence[Span] | None = None) -> HostBatch:
     """The samples of one micro-batch, at these positions or all; in this process."""
     samples = [blend.sample(draw, spans) for draw in draws]
-    tokens, labels, mask = (torch.from_numpy(np.stack([s[i] for s in samples])) for i in range(3))
-    firsts = [sample.first for sample in samples if sample.first is not None]
+    columns = zip(*(sample[:3] for sample in samples), strict=True)
+    tokens, labels, mask = (torch.from_numpy(np.stack(column)) for column in columns)
+    firsts = [sample.first for sample in samples if sample.first is not None]  # of all samples, or of none
     return tokens, labels, mask, torch.from_numpy(np.stack(firsts)) if firsts else None
-
-
-def spans_of(positions: Tensor) -> tuple[Span, ...]:
-    """The runs that ascending positions int64 [n] are made of."""
-    breaks = (np.flatnonzero(np.diff(positions.numpy()) != 1) + 1).tolist()
-    runs = np.split(positions.numpy(), breaks)
-    return tuple((int(run[0]), int(run[-1]) + 1) for run in runs)
 
 
 def _ignore_interrupts(worker: int) -> None:

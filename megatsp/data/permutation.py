@@ -43,11 +43,11 @@ class Permutation:
         return flat.astype(np.int64).reshape(np.shape(indices))
 
     def _encrypt(self, x: np.ndarray) -> np.ndarray:
-        left, right = x // self._b, x % self._b
+        left, right = np.divmod(x, self._b)
         for left_key, right_key in self._keys:
-            left = (left + _mix(right ^ left_key) % self._a) % self._a
-            right = (right + _mix(left ^ right_key) % self._b) % self._b
-        return left * self._b + right
+            left = np.mod(left + np.mod(_mix(right ^ left_key), self._a), self._a)
+            right = np.mod(right + np.mod(_mix(left ^ right_key), self._b), self._b)
+        return np.add(left * self._b, right)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ class DocumentOrder:
 
 
 class SampleIndex:
-    """A finished index: `num_samples`, `facts` (counts of the documents), and arrays, opened when asked for."""
+    """A finished index: `num_samples`, `facts` (counts of documents), and arrays, opened when asked for."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

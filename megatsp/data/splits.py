@@ -7,22 +7,23 @@ What is held out of a corpus follows from the seed and its number of documents, 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from megatsp.data.blend import Blend, Source
 from megatsp.data.corpus import Corpus
 from megatsp.data.dataset import Reading, SampledCorpus
 from megatsp.data.sample_index import DocumentOrder, open_index
-from megatsp.data.sources import read_sources
+from megatsp.data.source_list import read_sources
 from megatsp.data.tokenizer import Tokenizer
 from megatsp.schema import Config, DataConfig
-
-NAMES = ("valid", "test", "train")  # in the order in which they are taken out of a corpus
 
 
 @dataclass(frozen=True)
 class Splits:
-    """valid and test: None where nothing was held out. key: equal where all samples and their order are."""
+    """valid, test: None where nothing was held out. key: equal where train's samples and their order are."""
 
     train: Blend
     valid: Blend | None
@@ -37,50 +38,37 @@ def load_splits(config: Config, tokenizer: Tokenizer) -> Splits:
         ValueError: data that is missing, damaged, of another tokenizer, too small for a sample, or without
             the roles that data.loss_on asks for.
     """
-    data, seed = config.data, config.trainer.seed
-    fractions = {
+    data = config.data
+    held_out = {
         "valid": 0.0 if data.valid_path else data.valid_fraction,
         "test": 0.0 if data.test_path else data.test_fraction,
     }
-    given = {"train": data.path, "valid": data.valid_path or data.path, "test": data.test_path or data.path}
-    found: dict[str, Blend | None] = {}
     corpora: dict[str, Corpus] = {}
-    described = []
-    for name in NAMES:
-        own = {"valid": data.valid_path, "test": data.test_path}.get(name)
-        if name != "train" and not own and not fractions[name]:
-            found[name] = None
-            continue
-        sources = []
-        weights, paths = read_sources(given[name])
+
+    def blend(name: str, own: Sequence[str]) -> Blend | None:
+        """own: sources of this split alone; else it is a part of data.path."""
+        if name != "train" and not own and not held_out[name]:
+            return None
+        weights, paths = read_sources(own or data.path)
+        parts = []
         for path in paths:
             corpus = corpora.setdefault(path, Corpus(path))
             corpus.check(tokenizer, config.model.vocab_size)
-            begin, end = (0, corpus.num_documents) if own else _held_out(corpus, fractions)[name]
-            samples = _samples(
-                config, corpus, DocumentOrder(corpus.num_documents, seed, begin, end), tokenizer
-            )
-            if not len(samples):
-                raise ValueError(_too_small(config, name, path, samples))
-            sources.append(samples)
-            described.append([name, corpus.key, begin, end])
-        shares = weights or [float(len(samples)) for samples in sources]
-        total = sum(shares)
-        found[name] = Blend(
-            [Source(p, w / total, s) for p, w, s in zip(paths, shares, sources, strict=True)], seed
-        )
-        described.append([name, shares])
-    how = [
-        data.packing,
-        data.long_documents,
-        data.reset_attention_mask,
-        data.loss_on,
-        config.trainer.seq_length,
-    ]
-    key = hashlib.sha256(json.dumps([described, how, seed]).encode()).hexdigest()
-    train = found["train"]
+            begin, end = (0, corpus.num_documents) if own else _range(corpus, name, held_out)
+            parts.append(_samples(config, corpus, begin, end, tokenizer))
+            if not len(parts[-1]):
+                raise ValueError(_too_small(config, name, path, parts[-1]))
+        shares = np.array(weights or [len(part) for part in parts], np.float64)
+        shares /= shares.sum()
+        sources = [Source(*each) for each in zip(paths, shares.tolist(), parts, strict=True)]
+        return Blend(sources, config.trainer.seed)
+
+    valid, test, train = blend("valid", data.valid_path), blend("test", data.test_path), blend("train", [])
     assert train is not None
-    return Splits(train, found["valid"], found["test"], key)
+    described = [[s.weight, s.samples.corpus.key, *s.samples.documents_range] for s in train.sources]
+    how = [data.packing, data.long_documents, data.reset_attention_mask, data.loss_on]
+    text = json.dumps([described, how, config.trainer.seq_length, config.trainer.seed])
+    return Splits(train, valid, test, hashlib.sha256(text.encode()).hexdigest())
 
 
 def split_documents(
@@ -91,23 +79,21 @@ def split_documents(
     return {"valid": (0, valid), "test": (valid, valid + test), "train": (valid + test, num_documents)}
 
 
-def _held_out(corpus: Corpus, fractions: dict[str, float]) -> dict[str, tuple[int, int]]:
-    ranges = split_documents(corpus.num_documents, fractions["valid"], fractions["test"])
-    for name, (begin, end) in ranges.items():
-        if end <= begin and (name == "train" or fractions[name]):
-            raise ValueError(
-                f"{corpus.source}: data.valid_fraction {fractions['valid']} and data.test_fraction "
-                f"{fractions['test']} of {corpus.num_documents} documents leave {max(0, end - begin)} for "
-                f"the {name} split: give more documents, other fractions, or data.valid_path and test_path"
-            )
-    return ranges
+def _range(corpus: Corpus, name: str, fractions: dict[str, float]) -> tuple[int, int]:
+    begin, end = split_documents(corpus.num_documents, fractions["valid"], fractions["test"])[name]
+    if end <= begin:
+        raise ValueError(
+            f"{corpus.source}: data.valid_fraction {fractions['valid']} and data.test_fraction "
+            f"{fractions['test']} of {corpus.num_documents} documents leave none for the {name} split: "
+            "give more documents, other fractions, or data.valid_path and data.test_path"
+        )
+    return begin, end
 
 
-def _samples(config: Config, corpus: Corpus, order: DocumentOrder, tokenizer: Tokenizer) -> SampledCorpus:
-    data, seq_length = config.data, config.trainer.seq_length
-    index = open_index(
-        corpus, order, config.trainer.seed, seq_length, data.packing, data.long_documents, data.cache
-    )
+def _samples(config: Config, corpus: Corpus, begin: int, end: int, tokenizer: Tokenizer) -> SampledCorpus:
+    data, seq_length, seed = config.data, config.trainer.seq_length, config.trainer.seed
+    order = DocumentOrder(corpus.num_documents, seed, begin, end)
+    index = open_index(corpus, order, seed, seq_length, data.packing, data.long_documents, data.cache)
     apart = data.packing != "concat" or data.reset_attention_mask
     reading = Reading(seq_length, apart, _loss_on(data, corpus), tokenizer.eod, config.model.vocab_size)
     return SampledCorpus(corpus, order, index, data.packing, reading)

@@ -38,6 +38,7 @@ class RunState:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     wandb_run_id: str = ""
+    data_key: str = ""  # of the samples and their order; empty: not known
     files: dict[str, int] = field(default_factory=dict, compare=False)
 
 

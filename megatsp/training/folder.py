@@ -15,7 +15,7 @@ from megatsp.training import checkpoint
 LOCK = ".lock"
 
 # A resumed run may change anything but these: they decide the model, or which sample comes next.
-FROZEN = ("model", "data", "optimizer.name", "trainer.seq_length", "trainer.seed")
+FROZEN = ("model", "data.tokenizer", "optimizer.name", "trainer.seq_length", "trainer.seed")
 
 
 def find_checkpoint(config: Config) -> Path | None:
@@ -52,6 +52,27 @@ def find_checkpoint(config: Config) -> Path | None:
             f"{folder} holds another run; it differs in {'; '.join(changed)}. To start anew, {fix}"
         )
     return found
+
+
+def check_data(config: Config, found: Path, data_key: str) -> None:
+    """Checks that a checkpoint's run read the same samples in the same order.
+
+    Raises:
+        ValueError: it did not: its cursor would mean other samples.
+    """
+    saved = checkpoint.read_state(found).data_key
+    if not saved or saved == data_key:
+        return
+    old = from_yaml((found / "config.yaml").read_text())
+    changed = [
+        f"{path}: {before!r} there, {now!r} now"
+        for path, before, now in _differences("data", asdict(old.data), asdict(config.data))
+    ]
+    raise ValueError(
+        f"{run_folder(config)} holds a run on other data: it differs in "
+        f"{'; '.join(changed) or 'the documents themselves'}. To go on, give it the data that it was trained "
+        "on; to start anew, choose another name="
+    )
 
 
 @contextmanager

@@ -8,18 +8,23 @@ import torch.distributed as dist
 from megatsp.axes import Axes
 from megatsp.schema import Config
 from megatsp.training.checkpoint import RunState
-from megatsp.training.flops import flops_per_token, peak_tflops
+from megatsp.training.flops import flops, peak_tflops
 from megatsp.training.memory import peak_memory_gib
 
 
 @dataclass
 class StepResult:
-    """One optimizer step, as all ranks know it."""
+    """One optimizer step, as all ranks know it, but wait_ms: how long this rank waited for its batches.
+
+    pairs: of tokens that attended to each other, in all samples.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
     tokens: int
+    pairs: float
+    wait_ms: float
     interrupted: bool
 
 
@@ -30,7 +35,7 @@ class Interval:
     """
 
     def __init__(self, config: Config, axes: Axes) -> None:
-        self._flops = flops_per_token(config.model, config.trainer.seq_length)
+        self._model = config.model
         self._peak, self._axes = peak_tflops(axes.device), axes
         self._clear()
         self.restart()
@@ -56,8 +61,8 @@ class Interval:
     def take(self, state: RunState) -> dict[str, float | int | None]:
         """Losses, times and traffic are means over the interval, the rest is of its last iteration."""
         results = self._results
-        rate = sum(r.tokens for r in results) / self._seconds / dist.get_world_size()
-        tflops = rate * self._flops / 1e12
+        tokens, gpu_seconds = sum(r.tokens for r in results), self._seconds * dist.get_world_size()
+        tflops = flops(self._model, tokens, sum(r.pairs for r in results)) / gpu_seconds / 1e12
         metrics: dict[str, float | int | None] = {
             "consumed-samples": state.consumed_samples,
             "consumed-tokens": state.consumed_tokens,
@@ -65,10 +70,11 @@ class Interval:
             "grad-norm": results[-1].grad_norm,
             "learning-rate": results[-1].learning_rate,
             "iteration-time-ms": 1e3 * self._seconds / len(results),
-            "tokens/s/gpu": rate,
+            "tokens/s/gpu": tokens / gpu_seconds,
             "tflops/gpu": tflops,
             "mfu": tflops / self._peak if self._peak else None,
             "memory/peak-gib": peak_memory_gib(self._axes.device),
+            "data/wait-ms": sum(r.wait_ms for r in results) / len(results),
             "comm/exposed-ms": self._exposed_ms / len(results),
             "comm/bytes": self._bytes // len(results),
         }

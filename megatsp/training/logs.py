@@ -131,11 +131,12 @@ def iteration_line(iteration: int, total: int, global_batch_size: int, metrics: 
 
 
 def evaluation_line(iteration: int, metrics: Metrics) -> str:
-    """The same for an evaluation."""
-    return (
-        f" validation loss at iteration {iteration} | lm loss: {metrics['val/lm loss']:.6E} | "
-        f"bits per byte: {metrics['val/bits-per-byte']:.4f}"
-    )
+    """The same for an evaluation, of validation or test samples."""
+    split = "val" if "val/lm loss" in metrics else "test"
+    name = {"val": "validation", "test": "test"}[split]
+    line = f" {name} loss at iteration {iteration} | lm loss: {metrics[f'{split}/lm loss']:.6E}"
+    bits = metrics.get(f"{split}/bits-per-byte")
+    return line if bits is None else f"{line} | bits per byte: {bits:.4f}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

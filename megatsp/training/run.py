@@ -26,6 +26,7 @@ from megatsp.model.parallelize import build_model, reshard
 from megatsp.schema import Config
 from megatsp.training import checkpoint
 from megatsp.training.checkpoint import RunState
+from megatsp.training.flops import attended_pairs
 from megatsp.training.folder import check_data, find_checkpoint, lock, run_folder
 from megatsp.training.interval import Interval, StepResult
 from megatsp.training.logs import Reporter, evaluation_line, iteration_line, read_metrics
@@ -109,8 +110,8 @@ class Training:
         interval = Interval(self.config, self.axes)
         due = partial(_is_due, last=settings.train_iters)
         consumed, pin = self.state.consumed_samples, self.axes.device.type == "cuda"
+        loader = Loader(self.data.train, consumed, self.share, self.config.data, pin)
         try:
-            loader = stack.enter_context(Loader(self.data.train, consumed, self.share, self.config.data, pin))
             for iteration in range(start + 1, settings.train_iters + 1):
                 result = self.step(iteration, loader, interrupted)
                 interval.add(result)
@@ -136,6 +137,7 @@ class Training:
                     )
                     break
         finally:
+            loader.close()
             reporter.close()
 
     def step(self, iteration: int, loader: Loader, interrupted: list[int]) -> StepResult:
@@ -148,13 +150,12 @@ class Training:
         since = time.perf_counter()
         batches = [self._on_device(next(loader)) for _ in range(self.share.num_micro_batches)]
         wait_ms = 1e3 * (time.perf_counter() - since)
-        # How many tokens carry loss, over all ranks: so each token weighs the same. None: then there is no loss.
+        # How many tokens carry loss, over all ranks: so each token weighs the same.
         own = torch.stack([mask.sum(dtype=torch.float64) for _, _, mask, _ in batches]).sum()
         loss_tokens = _sum_over_ranks(own).clamp(min=1).float()
         losses = accumulate_gradients(self.gpt, batches, loss_tokens)
         mine = losses.sum(dtype=torch.float64) / loss_tokens
-        own_pairs = sum(attended_pairs(ids_shape, first) for ids_shape, first in seen)
-        found = [mine, mine.new_tensor(bool(interrupted)), mine.new_tensor(own_pairs)]
+        found = [mine, mine.new_tensor(bool(interrupted)), mine.new_tensor(self._own_pairs(batches))]
         loss, stops, pairs = _sum_over_ranks(torch.stack(found)).tolist()
         norm = clip_gradients(self.gpt, config.optimizer.clip_grad).item()
         self.gpt.engine.check()  # what a rank did not send is NaN: say that first
@@ -186,11 +187,10 @@ class Training:
         for start in range(0, len(draws), size):
             # Past the end the last sample is repeated without weight: every rank takes part in every batch.
             places = range(start, start + size)
-            batch = [(draws[min(place, len(draws) - 1)], float(place < len(draws))) for place in places]
-            for chosen in self.share.micro_batches(batch):
-                host = read_batch(blend, [draw for draw, _ in chosen], self.share.spans)
+            for chosen in self.share.micro_batches(places):
+                host = read_batch(blend, [draws[min(p, len(draws) - 1)] for p in chosen], self.share.spans)
                 ids, labels, mask, first = self._on_device(host)
-                mask *= mask.new_tensor([weight for _, weight in chosen])[:, None]
+                mask *= mask.new_tensor([float(p < len(draws)) for p in chosen])[:, None]
                 total[0] += self.gpt(ids, labels, mask, first).sum(dtype=torch.float64)
                 total[1] += mask.sum(dtype=torch.float64)
                 if widths is not None:
@@ -199,7 +199,9 @@ class Training:
         nats, tokens, num_bytes = _sum_over_ranks(total).tolist()
         self.gpt.engine.check()
         if not tokens:
-            raise ValueError(f"none of the {len(draws)} {split} samples has a trained token: see data.loss_on")
+            raise ValueError(
+                f"none of the {len(draws)} {split} samples has a trained token: see data.loss_on"
+            )
         losses = {f"{split}/lm loss": nats / tokens}
         return losses | ({f"{split}/bits-per-byte": nats / math.log(2) / num_bytes} if num_bytes else {})
 
@@ -213,6 +215,12 @@ class Training:
         return checkpoint.save(
             self.folder / "checkpoints", self.state, self.gpt, self.optimizer.tensors(), texts
         )
+
+    def _own_pairs(self, batches: Sequence[Batch]) -> float:
+        """This rank's share of the pairs of tokens that attend to each other."""
+        length, sharers = self.config.trainer.seq_length, dist.get_world_size() // self.axes.dp_size
+        plain = self.share.micro_batch_size * length * length / 2  # as `flops_per_token` counts
+        return sum(plain if first is None else attended_pairs(first) for *_, first in batches) / sharers
 
     def _on_device(self, batch: HostBatch) -> Batch:
         """The batch where the model is; `first` stays on the host, where documents are planned."""
