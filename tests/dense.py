@@ -186,5 +186,5 @@ class DenseGPT(nn.Module):
         for sample in range(len(ids)):
             lengths = first[sample].unique_consecutive(return_counts=True)[1].tolist()
             documents = zip(ids[sample].split(lengths), labels[sample].split(lengths), strict=True)
-            samples.append(torch.cat([self.losses(own[None], its[None])[0] for own, targets in documents]))
+            samples.append(torch.cat([self.losses(own[None], its[None])[0] for own, its in documents]))
         return torch.stack(samples)

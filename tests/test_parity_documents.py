@@ -23,11 +23,11 @@ from parity import (
     twice_dense_bound,
     weights,
 )
-from test_kernels import TRITON, triton
+from test_kernels import KEYS, triton
 
 from megatsp.axes import Axes
 from megatsp.model.parallelize import build_model
-from megatsp.schema import RotaryScaling
+from megatsp.schema import KernelsConfig, RotaryScaling
 
 MODELS = (
     dict(num_query_groups=8),
@@ -94,15 +94,20 @@ def test_bf16_error_is_at_most_twice_the_dense_one(world_size, schemes):
     check(cases(schemes, "bf16"), world_size, twice_dense_bound)
 
 
+# Those that know of documents; tests/test_kernels.py has them all.
+TRITON = KernelsConfig(**dict.fromkeys(KEYS, "torch") | dict(attention="triton", rotary="triton"))
+
+
 def fused(*args, **keys) -> Case:
-    """On Triton's kernels: smaller still, for the interpreter."""
-    return replace(triton(*args, **keys), samples=2, length=16, documents=True)
+    """On Triton's kernels: small, for the interpreter."""
+    return replace(triton(*args, **keys), kernels=TRITON, samples=2, length=16, documents=True)
 
 
 @pytest.mark.parametrize(
     ("world_size", "found"),
     [
-        (2, [fused(2, "none", qk_layernorm=True), fused(2, "selective", kv_exchange="ring", tsp_layout="owner")]),
+        (2, [fused(2, "none", qk_layernorm=True),
+             fused(2, "selective", kv_exchange="ring", tsp_layout="owner")]),
         (4, [fused(2, "full", cp=2, kv_exchange="hierarchical"),
              fused(1, "none", tp=2, cp=2, kv_exchange="ulysses", num_query_groups=4, attention_buckets=1)]),
     ],
@@ -188,7 +193,7 @@ def rank_masked(case_: Case) -> list[list[tuple[bool, float]]]:
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_nothing_but_padding_gives_zeros_and_a_rank_without_loss_no_nan(kernels):
-    case_ = triton(2, "none") if kernels == "triton" else case(2)
+    case_ = fused(2, "none") if kernels == "triton" else case(2)
     for none, some in run_distributed(rank_masked, 2, replace(case_, samples=4, length=16)):
         assert all(finite for finite, _ in none + some)
         assert all(norm == 0 for _, norm in none) and all(norm > 0 for _, norm in some)
