@@ -165,8 +165,26 @@ class DenseGPT(nn.Module):
         head = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens
         return F.linear(self.model(ids), head.weight)
 
-    def loss(self, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Mean cross-entropy over the tokens where mask is 1; ids, labels, mask: [B, T]."""
-        losses = F.cross_entropy(wide(self(ids)).flatten(0, 1), labels.flatten(), reduction="none")
-        weights = mask.flatten().to(losses.dtype)
+    def loss(self, ids: Tensor, labels: Tensor, mask: Tensor, first: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy over the tokens where mask is 1; ids, labels, mask: [B, T].
+
+        first: [B, T], the position of the first token of each token's document. Every document is then run
+            by itself.
+        """
+        losses = self.document_losses(ids, labels, first) if first is not None else self.losses(ids, labels)
+        weights = mask.to(losses.dtype)
         return (losses * weights).sum() / weights.sum()
+
+    def losses(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of every token, [B, T]."""
+        logits = wide(self(ids)).flatten(0, 1)
+        return F.cross_entropy(logits, labels.flatten(), reduction="none").view(ids.shape)
+
+    def document_losses(self, ids: Tensor, labels: Tensor, first: Tensor) -> Tensor:
+        """The same of samples packed with documents, one run of the model for each."""
+        samples = []
+        for sample in range(len(ids)):
+            lengths = first[sample].unique_consecutive(return_counts=True)[1].tolist()
+            documents = zip(ids[sample].split(lengths), labels[sample].split(lengths), strict=True)
+            samples.append(torch.cat([self.losses(own[None], its[None])[0] for own, its in documents]))
+        return torch.stack(samples)

@@ -40,6 +40,7 @@ class Case:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     samples: int = BATCH  # of a micro-batch
     length: int = LENGTH
+    documents: bool = False  # samples are packed with documents
 
     @property
     def total_samples(self) -> int:
@@ -69,6 +70,31 @@ def batch(samples: int, length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
     return ids, labels, (torch.rand(samples, length, generator=generator) < 0.8).float()
 
 
+def packed(samples: int, length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, labels, mask and `first` [samples, T]; the documents of each sample are others.
+
+    In turn: short ones, of one token too; one that most chunks have a part of, and a tail of padding; one
+    alone; nothing but padding.
+    """
+    ids, labels, mask = batch(samples, length)
+    first = torch.zeros(samples, length, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(length)
+    for sample in range(samples):
+        kind = sample % 4
+        if kind < 2:
+            lengths = [1, 1] if kind == 0 else [3, length * 2 // 3]
+            while sum(lengths) < length:
+                lengths.append(int(torch.randint(1, 10, (), generator=generator)))
+            begins = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+            counts = begins.diff(append=torch.tensor([length]))
+            first[sample] = begins.repeat_interleave(counts)
+        if kind == 1:
+            mask[sample, first[sample, -1] :] = 0
+        if kind == 3:
+            mask[sample] = 0
+    return ids, labels, mask, first
+
+
 @cache
 def weights(model: ModelConfig) -> dict[str, Tensor]:
     """Random fp32 weights in which gains and biases matter."""
@@ -82,13 +108,13 @@ def weights(model: ModelConfig) -> dict[str, Tensor]:
 
 @cache
 def dense_result(
-    model: ModelConfig, samples: int, dtype: torch.dtype, length: int = LENGTH
+    model: ModelConfig, samples: int, dtype: torch.dtype, length: int = LENGTH, documents: bool = False
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the dense reference computed in `dtype`."""
     dense = DenseGPT(model)
     dense.load_state_dict(weights(model))
     dense.to(dtype)
-    loss = dense.loss(*batch(samples, length))
+    loss = dense.loss(*(packed if documents else batch)(samples, length))
     loss.backward()
     return loss.item(), {k: p.grad.float() for k, p in dense.named_parameters() if p.grad is not None}
 
@@ -121,13 +147,15 @@ def rank_result(case_: Case, state: dict[str, Tensor]) -> tuple[float, dict[str,
     axes = Axes.build(config.parallel, torch.device("cpu"))
     gpt = build_model(config, axes)
     load(gpt, state)
-    tokens = batch(case_.total_samples, case_.length)
-    count = tokens[2].sum()
+    made = packed if case_.documents else batch
+    ids, labels, mask, *first = made(case_.total_samples, case_.length)
+    count = mask.sum()
     loss = torch.zeros(())
     for i in range(case_.micro_batches):
         start = (i * axes.dp_size + axes.dp_rank) * case_.samples
-        local = [axes.take_local(t[start : start + case_.samples]) for t in tokens]
-        part = gpt(*local).sum() / count
+        mine = slice(start, start + case_.samples)
+        local = [axes.take_local(t[mine]) for t in (ids, labels, mask)]
+        part = gpt(*local, *(t[mine] for t in first)).sum() / count
         part.backward()
         loss += part.detach()
     torch.distributed.all_reduce(loss)
@@ -150,15 +178,15 @@ def rank_errors(jobs: Sequence[tuple[Case, dict, float, dict]]) -> list[dict[str
 
 
 def job(case_: Case) -> tuple[Case, dict, float, dict]:
-    exact = dense_result(case_.model, case_.total_samples, torch.float32, case_.length)
+    exact = dense_result(case_.model, case_.total_samples, torch.float32, case_.length, case_.documents)
     return case_, weights(case_.model), *exact
 
 
 def dense_errors(case_: Case) -> dict[str, float]:
     """Relative errors of the dense reference in the case's own dtype, against fp32."""
-    samples, length = case_.total_samples, case_.length
-    loss, gradients = dense_result(case_.model, samples, DTYPES[case_.dtype], length)
-    exact_loss, exact = dense_result(case_.model, samples, torch.float32, length)
+    samples, how = case_.total_samples, (case_.length, case_.documents)
+    loss, gradients = dense_result(case_.model, samples, DTYPES[case_.dtype], *how)
+    exact_loss, exact = dense_result(case_.model, samples, torch.float32, *how)
     errors = {k: relative_error(gradients[k], exact[k]) for k in exact}
     return {"loss": abs(loss - exact_loss) / exact_loss, **errors}
 

@@ -34,6 +34,10 @@ SIZES = dict(
 )  # fmt: skip
 
 
+# Documents of 1, of many and of few tokens: every chunk begins within one.
+FIRST = torch.tensor([0, 1, 140, 141, 250]).repeat_interleave(torch.tensor([1, 139, 1, 109, 6]))[None]
+
+
 class Watch(TorchDispatchMode):
     """The largest tensor that any operation gave, and the sizes of those that collectives touched."""
 
@@ -67,7 +71,7 @@ def seen(watch: Watch) -> Seen:
     return Seen(watch.largest, max(shape.numel() for shape in watch.travelled if len(shape) == 2))
 
 
-def rank_seen(case_: Case, with_head: bool, plain_attention: bool = False) -> Seen:
+def rank_seen(case_: Case, with_head: bool, plain_attention: bool = False, packed: bool = False) -> Seen:
     if plain_attention:
         sdpa.attention_forward = attention
     axes = Axes.build(case_.parallel, torch.device("cpu"))
@@ -75,7 +79,7 @@ def rank_seen(case_: Case, with_head: bool, plain_attention: bool = False) -> Se
     ids = take_local(torch.arange(T)[None] % V, axes.tsp.rank, axes.tsp.size)
     with Watch() as watch:
         if with_head:
-            gpt(ids, ids, torch.ones(ids.shape)).sum().backward()
+            gpt(ids, ids, torch.ones(ids.shape), FIRST if packed else None).sum().backward()
         else:
             gpt(ids).sum().backward()
     return seen(watch)
@@ -99,13 +103,13 @@ def cases(tsp: int) -> list[Case]:
                 ("hidden", "owner"), ("allgather", "ring"), ("none", "full"))]  # fmt: skip
 
 
-def rank_each(tsp: int, with_head: bool) -> list[Seen]:
-    return [rank_seen(case_, with_head) for case_ in cases(tsp)]
+def rank_each(tsp: int, with_head: bool, packed: bool) -> list[Seen]:
+    return [rank_seen(case_, with_head, packed=packed) for case_ in cases(tsp)]
 
 
-def each(tsp: int, with_head: bool) -> list[tuple[Case, Seen]]:
+def each(tsp: int, with_head: bool, packed: bool = False) -> list[tuple[Case, Seen]]:
     """What every rank saw of every case."""
-    per_rank = run_distributed(rank_each, tsp, tsp, with_head)
+    per_rank = run_distributed(rank_each, tsp, tsp, with_head, packed)
     return [pair for found in per_rank for pair in zip(cases(tsp), found, strict=True)]
 
 
@@ -120,11 +124,12 @@ def test_no_layer_is_ever_whole(tsp):
             assert found.weights == bound  # so the watch sees them
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("tsp", [2, 4])
-def test_neither_head_nor_logits_nor_scores_are_ever_whole(tsp):
+def test_neither_head_nor_logits_nor_scores_nor_masks_are_ever_whole(tsp, packed):
     bound = largest_logits(tsp)
     assert bound < T // tsp * T and bound > V * H // tsp
-    for case_, found in each(tsp, with_head=True):
+    for case_, found in each(tsp, with_head=True, packed=packed):
         head = parts(case_.model, case_.parallel)[2]
         assert found.weights == largest_bucket(head) < whole(head), case_
         assert found.largest == bound, case_

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from megatsp.schema import ModelConfig
-from megatsp.training.flops import flops_per_token, peak_tflops
+from megatsp.training.flops import attended_pairs, flops, flops_per_token, peak_tflops
 
 MODEL = ModelConfig(
     num_layers=3, hidden_size=10, ffn_hidden_size=7, num_attention_heads=4, num_query_groups=2, kv_channels=6,
@@ -24,6 +24,15 @@ def test_tied():
 def test_an_embedding_that_is_only_looked_up_is_not_counted():
     untied = replace(MODEL, untie_embeddings_and_output_weights=True)
     assert flops_per_token(untied, 32) == flops_per_token(MODEL, 32)
+
+
+def test_documents_cost_their_own_pairs_alone():
+    first = torch.tensor([[0, 0, 0, 3, 4, 4], [0, 0, 0, 0, 0, 0]])
+    assert attended_pairs(first) == (1 + 2 + 3 + 1 + 1 + 2) + 21
+    assert attended_pairs(first[0]) == 10
+    parameters = 6 * 12 * (PARAMETERS_WITHOUT_EMBEDDING + 110)
+    assert flops(MODEL, 12, 31) == parameters + 31 * 3 * (2 * 2 * 6 * 4) * 3
+    assert flops(MODEL, 32, 32 * 16) == 32 * flops_per_token(MODEL, 32)
 
 
 def test_peak_is_that_of_the_named_gpu(monkeypatch):

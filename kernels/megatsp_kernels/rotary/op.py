@@ -21,7 +21,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, out: Tens
 
     Args:
         x: [B, H, T, d], d even and at most 1024; fp32, fp16 or bf16; any strides with a contiguous last dim.
-        cos, sin: fp32 [T, d/2], contiguous.
+        cos, sin: fp32 [T, d/2], or [B, 1, T, d/2] where the samples' angles differ; contiguous.
         inverse: rotates back.
         out: [B, H, T, d] to write into, with a dtype and strides of its own; x itself, or memory that
             does not overlap x.
@@ -50,7 +50,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, out: Tens
 def _check_shapes(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     if x.dim() != 4 or x.shape[-1] % 2 or not 2 <= x.shape[-1] <= LIMIT:
         raise ValueError(f"rotate: x must be [B, H, T, d], d even, from 2 to {LIMIT}; got {tuple(x.shape)}")
-    expected = x.shape[2], x.shape[3] // 2
+    of_all = x.shape[2], x.shape[3] // 2
+    expected = (x.shape[0], 1, *of_all) if cos.dim() == 4 else of_all
     for name, table in (("cos", cos), ("sin", sin)):
         if tuple(table.shape) != expected or not table.is_contiguous():
             raise ValueError(
@@ -88,9 +89,11 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor) -> 
     batch, heads, tokens, pairs = *x.shape[:3], x.shape[3] // 2
     width = 1 << (pairs - 1).bit_length()
     blocks = choose(TABLE, x.device)[0].blocks
-    grid = -(-tokens // max(1, blocks["TILE"] // width)), -(-batch * heads // blocks["HEADS"])
+    samples = cos.dim() == 4
+    by_heads = batch * -(-heads // blocks["HEADS"]) if samples else -(-batch * heads // blocks["HEADS"])
+    grid = -(-tokens // max(1, blocks["TILE"] // width)), by_heads
     sizes = batch * heads, heads, tokens, *x.stride()[:3], *out.stride()[:3]
-    constants: dict[str, Any] = dict(PAIRS=pairs, WIDTH=width, INVERSE=inverse)
+    constants: dict[str, Any] = dict(PAIRS=pairs, WIDTH=width, INVERSE=inverse, SAMPLES=samples)
     launch(rotate_kernel, grid, TABLE, x, cos, sin, out, *sizes, **constants)
 
 

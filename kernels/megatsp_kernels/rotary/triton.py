@@ -1,6 +1,7 @@
 """Rotary position embedding, a tile of tokens and several heads a program."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import triton
 import triton.language as tl
@@ -29,11 +30,21 @@ TABLE = {
 def rotate_kernel(
     p_x, p_cos, p_sin, p_out, rows, heads, tokens,
     x_batch_stride, x_head_stride, x_token_stride, out_batch_stride, out_head_stride, out_token_stride,
-    PAIRS: tl.constexpr, WIDTH: tl.constexpr, INVERSE: tl.constexpr,
+    PAIRS: tl.constexpr, WIDTH: tl.constexpr, INVERSE: tl.constexpr, SAMPLES: tl.constexpr,
     TILE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """rows: B H. p_out may be p_x: a program reads what it writes, and nothing else. WIDTH: PAIRS padded."""
+    """rows: B H. p_out may be p_x: a program reads what it writes, and nothing else. WIDTH: PAIRS padded.
+
+    SAMPLES: each has a table of its own, so a program's rows are of one.
+    """
     TOKENS: tl.constexpr = TILE // WIDTH if TILE > WIDTH else 1
+    i_first, end = tl.program_id(1) * HEADS, rows
+    if SAMPLES:
+        num_blocks = tl.cdiv(heads, HEADS)
+        i_sample = tl.program_id(1) // num_blocks
+        i_first, end = i_sample * heads + tl.program_id(1) % num_blocks * HEADS, (i_sample + 1) * heads
+        p_cos += i_sample.to(tl.int64) * tokens * PAIRS
+        p_sin += i_sample.to(tl.int64) * tokens * PAIRS
     o_token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     o_pair = tl.arange(0, WIDTH)[None, :]
     m = (o_token < tokens) & (o_pair < PAIRS)
@@ -45,10 +56,10 @@ def rotate_kernel(
     o_x = o_token.to(tl.int64) * x_token_stride + o_pair
     o_out = o_token.to(tl.int64) * out_token_stride + o_pair
     for i in tl.static_range(HEADS):
-        i_row = tl.program_id(1) * HEADS + i
+        i_row = i_first + i
         i_batch, i_head = (i_row // heads).to(tl.int64), (i_row % heads).to(tl.int64)
         p_first = p_x + i_batch * x_batch_stride + i_head * x_head_stride + o_x
-        m_row = (o_token < tl.where(i_row < rows, tokens, 0)) & (o_pair < PAIRS)
+        m_row = (o_token < tl.where(i_row < end, tokens, 0)) & (o_pair < PAIRS)
         b_first = tl.load(p_first, m_row, other=0.0).to(tl.float32)
         b_second = tl.load(p_first + PAIRS, m_row, other=0.0).to(tl.float32)
         b_out_first = b_first * b_cos - b_second * b_sin
@@ -59,12 +70,17 @@ def rotate_kernel(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """The kernel with every config of a chip, on bf16 heads of 128 and fp32 gradients of theirs."""
+    """The kernel with every config of a chip, on bf16 heads of 128 and fp32 gradients of theirs.
+
+    A table for each sample with the config that is used.
+    """
     sizes = dict(rows="i32", heads="i32", tokens="i32")
     strides = {f"{name}_{dim}_stride": "i32" for name in ("x", "out") for dim in ("batch", "head", "token")}
-    for config in TABLE[target]:
-        for dtype, inverse in (("*bf16", False), ("*fp32", True)):
+    for i, config in enumerate(TABLE[target]):
+        for (dtype, inverse), samples in product((("*bf16", False), ("*fp32", True)), (False, True)):
+            if samples and i:
+                continue
             signature = dict(p_x=dtype, p_cos="*fp32", p_sin="*fp32", p_out="*bf16") | sizes | strides
-            constants = dict(PAIRS=64, WIDTH=64, INVERSE=inverse)
-            label = "rotary/backward" if inverse else "rotary/forward"
+            constants = dict(PAIRS=64, WIDTH=64, INVERSE=inverse, SAMPLES=samples)
+            label = f"rotary/{'backward' if inverse else 'forward'}" + "/samples" * samples
             yield Variant(rotate_kernel, label, signature, constants, config, tuple(strides))
