@@ -95,8 +95,9 @@ def command(*arguments: str, prefix: Sequence[str] = (sys.executable, "-m", "meg
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every path under a folder with its modification time and content."""
+    """Every path under a folder with its modification time and content; not what is cached beside data."""
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
         for path in sorted(folder.rglob("*"))
+        if path != folder and ".sample_index" not in path.relative_to(folder).parts
     }

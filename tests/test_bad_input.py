@@ -88,7 +88,10 @@ DATA = [
     ("data.path={folder}/hollow", "{folder}/hollow.json is not valid JSON"),
     ("data.path={folder}/none", "{folder}/none.idx has no documents"),
     ("data.path={folder}/emptied", "{folder}/emptied.bin is truncated or not the one that was indexed"),
-    ("data.path={folder}/short", "valid_fraction 0.25 of 2 documents holds out 0"),
+    (
+        "data.path={folder}/short",
+        "data.valid_fraction 0.25 and data.test_fraction 0.0 of 2 documents leave none for the valid split",
+    ),
     ("trainer.seq_length=6400", "one sample of seq_length 6400 needs 6401: lower seq_length"),
     ("model.vocab_size=256", "model.vocab_size is 256, but {folder}/corpus needs 257"),
     ("data.tokenizer={folder}/tokenizer.json", "was written with another tokenizer: 'byte'"),

@@ -14,7 +14,8 @@ def read_sources(given: Sequence[str]) -> tuple[list[float] | None, list[str]]:
         return None, list(given)
     weights, sources = numbers[::2], given[1::2]
     if (
-        len(weights) != len(sources)
+        not given
+        or len(weights) != len(sources)
         or any(w is None for w in weights)
         or any(n is not None for n in numbers[1::2])
     ):

@@ -109,8 +109,7 @@ class Training:
             reporter.say(line)
         interval = Interval(self.config, self.axes)
         due = partial(_is_due, last=settings.train_iters)
-        consumed, pin = self.state.consumed_samples, self.axes.device.type == "cuda"
-        loader = Loader(self.data.train, consumed, self.share, self.config.data, pin)
+        loader = self.loader()
         try:
             for iteration in range(start + 1, settings.train_iters + 1):
                 result = self.step(iteration, loader, interrupted)
@@ -139,6 +138,11 @@ class Training:
         finally:
             loader.close()
             reporter.close()
+
+    def loader(self) -> Loader:
+        """The batches that come next, for `step`."""
+        pin = self.axes.device.type == "cuda"
+        return Loader(self.data.train, self.state.consumed_samples, self.share, self.config.data, pin)
 
     def step(self, iteration: int, loader: Loader, interrupted: list[int]) -> StepResult:
         """One optimizer step on the next global batch; all ranks agree whether one was interrupted.

@@ -2,236 +2,253 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from corpora import EOD, roles_of, some_sizes, splits, tokens_of, train, write
 
-from megatsp.data.dataset import (
-    GPTDataset,
-    Sampler,
-    load_batch,
-    rank_slices,
-    split_documents,
-)
+from megatsp.data.corpus import Corpus
+from megatsp.data.dataset import SampledCorpus
 from megatsp.data.indexed import IndexedWriter
+from megatsp.data.splits import split_documents
 from megatsp.data.tokenizer import ByteTokenizer
 
-DOCUMENTS = 23
+SIZES = some_sizes(40)
+PACKINGS = ["concat", "greedy", "best_fit", "pad"]
 
 
-@pytest.fixture
-def prefix(tmp_path: Path) -> Path:
-    """Document i has i + 1 tokens, all equal to i."""
-    with IndexedWriter(tmp_path / "data", ByteTokenizer()) as writer:
-        for i in range(DOCUMENTS):
-            writer.add(f"{i}.py", [i] * (i + 1), i + 1)
-    return tmp_path / "data"
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("data") / "corpus", SIZES)
 
 
-def dataset(
-    prefix: Path, split: str = "train", seq_length: int = 7, fraction: float = 0.3, seed: int = 5
-) -> GPTDataset:
-    return GPTDataset(prefix, split, seq_length, ByteTokenizer(), fraction, seed)
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("data") / "spoken", SIZES, roles=True)
 
 
-def test_split_is_disjoint_complete_and_seeded() -> None:
-    train, valid = split_documents(100, 0.07, 3)
-    assert (len(train), len(valid)) == (93, 7)
-    assert sorted([*train, *valid]) == list(range(100))
-    assert np.array_equal(split_documents(100, 0.07, 3)[1], valid)
-    assert not np.array_equal(split_documents(100, 0.07, 4)[1], valid)
+def samples(prefix: Path, split: str = "train", **more) -> SampledCorpus:
+    blend = getattr(splits(str(prefix), **more), split)
+    return blend.sources[0].samples
 
 
-@pytest.mark.parametrize(
-    "documents, fraction", [(100, 0.0), (100, 1.0), (5, 0.05), (1, 0.5), (0, 0.5), (9, -0.5)]
-)
-def test_split_without_both_parts(documents: int, fraction: float) -> None:
-    with pytest.raises(ValueError, match=f"of {documents} documents"):
-        split_documents(documents, fraction, 0)
+def documents_in_order(data: SampledCorpus) -> list[int]:
+    """By their second token, which says which they are."""
+    return [(int(tokens[0]) - 1) % 251 for tokens in data.documents()]
 
 
 @pytest.mark.parametrize("seq_length", [1, 2, 7, 50])
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_samples_cover_the_stream(prefix: Path, split: str, seq_length: int) -> None:
-    data = dataset(prefix, split, seq_length)
-    stream = data.stream(0, data.num_tokens)
+def test_concatenated_samples_cover_the_stream(prefix, split, seq_length):
+    data = samples(prefix, split, seq_length=seq_length)
+    stream = np.concatenate(list(data.documents())).astype(np.int64)
     assert len(data) == (len(stream) - 1) // seq_length
     for i in range(len(data)):
-        expected = stream[i * seq_length : i * seq_length + seq_length + 1]
-        assert data.sample(i).dtype == np.int64
-        assert data.sample(i).tolist() == expected.tolist()
-    assert len(stream) - 1 - len(data) * seq_length < seq_length
+        sample = data.sample(i)
+        window = stream[i * seq_length : i * seq_length + seq_length + 1]
+        assert sample.tokens.tolist() == window[:-1].tolist()
+        assert sample.labels.tolist() == window[1:].tolist()
+        assert sample.mask.tolist() == [1.0] * seq_length and sample.first is None
+        assert (sample.tokens.dtype, sample.labels.dtype, sample.mask.dtype) == (
+            np.int64,
+            np.int64,
+            np.float32,
+        )
 
 
-def test_stream_is_the_splits_documents_each_whole_and_followed_by_eod(prefix: Path) -> None:
-    orders = {}
-    for part, ids in zip(("train", "valid"), split_documents(DOCUMENTS, 0.3, 5), strict=True):
-        data = dataset(prefix, part)
-        pieces = np.split(stream := data.stream(0, data.num_tokens), np.flatnonzero(stream == 256) + 1)
-        assert len(pieces.pop()) == 0
-        orders[part] = [int(piece[0]) for piece in pieces]
-        assert sorted(orders[part]) == ids.tolist()
-        assert all(piece.tolist() == [piece[0]] * (piece[0] + 1) + [256] for piece in pieces)
-    assert orders["train"] != sorted(orders["train"])  # shuffled
+def test_splits_are_disjoint_complete_shuffled_and_seeded(prefix):
+    orders = {
+        (split, seed): documents_in_order(samples(prefix, split, seed=seed, test_fraction=0.1))
+        for split in ("train", "valid", "test")
+        for seed in (5, 6)
+    }
+    for seed in (5, 6):
+        together = [d for split in ("train", "valid", "test") for d in orders[split, seed]]
+        assert sorted(together) == list(range(40))
+        assert [len(orders[s, seed]) for s in ("train", "valid", "test")] == [28, 8, 4]
+        assert orders["train", seed] != sorted(orders["train", seed])
+    assert set(orders["valid", 5]) != set(orders["valid", 6])
 
 
-def test_seed_changes_the_order(prefix: Path) -> None:
-    first = dataset(prefix).stream(0, 50).tolist()
-    assert dataset(prefix).stream(0, 50).tolist() == first
-    assert dataset(prefix, seed=6).stream(0, 50).tolist() != first
+def test_ranges_of_splits():
+    assert split_documents(100, 0.07, 0.02) == {"valid": (0, 7), "test": (7, 9), "train": (9, 100)}
 
 
-@pytest.mark.parametrize("seq_length", [1, 7, 50])
-def test_documents_of_a_sample(prefix: Path, seq_length: int) -> None:
-    data = dataset(prefix, seq_length=seq_length)
-    stream = data.stream(0, data.num_tokens)
-    # The document of a position is the id at the next position that is no eod, going back from an eod.
-    owner = [int(stream[i - 1] if stream[i] == 256 else stream[i]) for i in range(len(stream))]
+@pytest.mark.parametrize("packing", PACKINGS[1:])
+@pytest.mark.parametrize("seq_length", [3, 16, 250])
+def test_packed_samples_train_every_transition_of_every_document_once(prefix, packing, seq_length):
+    data = samples(prefix, packing=packing, seq_length=seq_length)
+    found = []
     for i in range(len(data)):
-        owners = owner[i * seq_length : i * seq_length + seq_length + 1]
-        assert data.documents(i) == [f"{d}.py document 0" for d in dict.fromkeys(owners)]
+        tokens, labels, mask, first = data.sample(i)
+        pieces = data.pieces(i)
+        assert first is not None and len(tokens) == len(first) == seq_length
+        at = 0
+        for document, offset, length in pieces:
+            expected = tokens_of(document, SIZES[document])
+            inside = slice(at, at + length)
+            assert tokens[inside].tolist() == expected[offset : offset + length]
+            assert labels[inside].tolist() == expected[offset + 1 : offset + length + 1]
+            assert mask[inside].tolist() == [1.0] * length and first[inside].tolist() == [at] * length
+            found += [(document, offset + j) for j in range(length)]
+            at += length
+        assert tokens[at:].tolist() == labels[at:].tolist() == [EOD] * (seq_length - at)
+        assert not mask[at:].any() and first[at:].tolist() == [at] * (seq_length - at)
+        assert packing != "pad" or len(pieces) == 1
+    everything = [(d, i) for d in sorted(documents_in_order(data)) for i in range(SIZES[d] - 1)]
+    assert sorted(found) == everything
 
 
-@pytest.mark.parametrize("index", [-1, 10**6])
-def test_sample_out_of_range(prefix: Path, index: int) -> None:
-    with pytest.raises(IndexError, match=f"sample {index} "):
-        dataset(prefix).sample(index)
-    with pytest.raises(IndexError, match=f"sample {index} "):
-        dataset(prefix).documents(index)
+@pytest.mark.parametrize("how, lost", [("truncate", "truncated"), ("drop", "dropped")])
+def test_long_documents_are_counted(prefix, how, lost):
+    data = samples(prefix, packing="best_fit", long_documents=how)
+    chosen = documents_in_order(data)
+    long = [d for d in chosen if SIZES[d] - 1 > 16]
+    assert data.facts[lost] == len(long) > 3
+    found = sorted(piece.document for i in range(len(data)) for piece in data.pieces(i))
+    assert found == sorted(chosen if how == "truncate" else set(chosen) - set(long))
+    assert all(piece.offset == 0 for i in range(len(data)) for piece in data.pieces(i))
 
 
-def test_too_few_tokens(prefix: Path) -> None:
-    available = dataset(prefix, "valid").num_tokens
-    assert len(dataset(prefix, "valid", available - 1)) == 1
-    with pytest.raises(
-        ValueError, match=rf"has {available} tokens .* seq_length {available} needs {available + 1}"
-    ):
-        dataset(prefix, "valid", available)
+def test_concatenation_with_borders_masks_the_labels_that_cross_them(prefix):
+    data = samples(prefix, reset_attention_mask=True)
+    plain = samples(prefix)
+    for i in range(len(data)):
+        tokens, labels, mask, first = data.sample(i)
+        assert tokens.tolist() == plain.sample(i).tokens.tolist()
+        assert labels.tolist() == plain.sample(i).labels.tolist()
+        assert (
+            mask.tolist() == (tokens != EOD).astype(float).tolist()
+        )  # what follows an eod is another document's
+        starts = [0, *(np.flatnonzero(tokens[:-1] == EOD) + 1)]
+        assert first is not None and first.tolist() == [max(s for s in starts if s <= j) for j in range(16)]
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize(
-    "arguments, message", [({"split": "test"}, "'train' or 'valid'"), ({"seq_length": 0}, "at least 1")]
+    "loss_on, roles", [("assistant", (1, 2)), ("last", (2,)), ("all", (0, 1, 2)), ("auto", (1, 2))]
 )
-def test_bad_arguments(prefix: Path, arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataset(prefix, **arguments)
+def test_labels_are_trained_by_role(spoken, packing, loss_on, roles):
+    data = samples(spoken, packing=packing, loss_on=loss_on, reset_attention_mask=True)
+    trained = 0
+    for i in range(len(data)):
+        mask, at = data.sample(i).mask, 0
+        for document, offset, length in data.pieces(i):
+            expected = [
+                float(role in roles) for role in roles_of(document, SIZES[document])[offset + 1 :][:length]
+            ]
+            assert mask[at : at + len(expected)].tolist() == expected
+            trained += sum(expected)
+            at += length
+    assert trained > 0
 
 
-def test_another_tokenizer_is_refused(prefix: Path) -> None:
-    other = ByteTokenizer()
-    other.name, other.fingerprint = "other", "0" * 64
-    with pytest.raises(ValueError, match=r"another tokenizer: 'byte'.*this one is 'other'"):
-        GPTDataset(prefix, "train", 7, other, 0.3, 5)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("reset", [False, True])
+def test_any_positions_can_be_read_alone(spoken, packing, reset):
+    data = samples(spoken, packing=packing, seq_length=30, reset_attention_mask=reset, loss_on="assistant")
+    random = np.random.RandomState(0)
+    for i in range(len(data)):
+        cuts = sorted(random.choice(31, 4, replace=False).tolist())
+        spans = [(cuts[0], cuts[1]), (cuts[2], cuts[3])]
+        chosen = np.r_[tuple(slice(*span) for span in spans)]
+        whole, part = data.sample(i), data.sample(i, spans)
+        for of_whole, of_part in zip(whole[:3], part[:3], strict=True):
+            assert of_part.tolist() == of_whole[chosen].tolist()
+        assert (part.first is None) == (whole.first is None)
+        assert part.first is None or part.first.tolist() == whole.first.tolist()
 
 
-def test_vocabulary_smaller_than_the_datas_is_refused(prefix: Path) -> None:
-    data = dataset(prefix)
-    data.check_vocabulary(257)
-    with pytest.raises(ValueError, match=r"vocab_size is 256, but .* needs 257"):
-        data.check_vocabulary(256)
-
-
-def test_an_id_beyond_the_tokenizers_vocabulary_is_refused(prefix: Path) -> None:
-    path = prefix.with_name("data.json")
-    path.write_text(path.read_text().replace('"max_token_id": 256', '"max_token_id": 300'))
-    data = dataset(prefix)
-    data.check_vocabulary(301)
-    with pytest.raises(ValueError, match="largest id in the data is 300"):
-        data.check_vocabulary(257)
-
-
-def test_sampler_visits_every_sample_once_an_epoch_in_another_order() -> None:
-    sampler = Sampler(seed=1, num_samples=11)
-    epochs = sampler.indices(0, 33).reshape(3, 11)
-    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert sampler.indices(0, 33).dtype == np.int64
-
-
-def test_sampler_depends_on_the_cursor_alone() -> None:
-    whole = Sampler(seed=1, num_samples=11).indices(0, 40)
-    sampler = Sampler(seed=1, num_samples=11)
-    for consumed, count in [
-        (38, 2),
-        (0, 5),
-        (9, 20),
-        (11, 11),
-        (3, 0),
-        (22, 1),
-    ]:  # any order, over epoch ends
-        assert np.array_equal(sampler.indices(consumed, count), whole[consumed : consumed + count])
-    assert not np.array_equal(Sampler(seed=2, num_samples=11).indices(0, 40), whole)
-
-
-def test_order_does_not_change_between_versions() -> None:
-    """A checkpoint's cursor must mean the same samples under another NumPy."""
-    assert Sampler(seed=1234, num_samples=8).indices(0, 16).reshape(2, 8).tolist() == [
-        [4, 2, 6, 0, 3, 5, 1, 7],
-        [0, 7, 4, 3, 1, 5, 2, 6],
-    ]
-    assert split_documents(20, 0.2, 1234)[1].tolist() == [13, 14, 15, 19]
-
-
-def test_sampler_errors() -> None:
-    with pytest.raises(ValueError, match="num_samples is 0"):
-        Sampler(0, 0)
-    with pytest.raises(ValueError, match="seed is -1"):
-        Sampler(-1, 3)
-    with pytest.raises(ValueError, match="consumed is -1"):
-        Sampler(0, 3).indices(-1, 1)
-
-
-@pytest.mark.parametrize("micro_batch_size, dp_size", [(1, 1), (2, 3), (3, 2), (4, 3), (1, 12), (12, 1)])
-def test_ranks_share_a_global_batch_that_does_not_depend_on_them(micro_batch_size: int, dp_size: int) -> None:
-    batch = Sampler(seed=7, num_samples=50).indices(consumed=45, count=12)
-    assert np.array_equal(batch, Sampler(seed=7, num_samples=50).indices(0, 57)[45:])
-    slices = [rank_slices(batch, micro_batch_size, rank, dp_size) for rank in range(dp_size)]
-    for rank, micro_batches in enumerate(slices):
-        assert len(micro_batches) == 12 // (micro_batch_size * dp_size)
-        for m, micro_batch in enumerate(micro_batches):
-            first = (m * dp_size + rank) * micro_batch_size
-            assert micro_batch.tolist() == batch[first : first + micro_batch_size].tolist()
-    assert sorted(np.concatenate([m for micro in slices for m in micro])) == sorted(batch)
-
-
-@pytest.mark.parametrize(
-    "size, micro_batch_size, rank, dp_size, message",
-    [
-        (12, 5, 0, 1, "positive multiple"),
-        (12, 4, 0, 2, "positive multiple"),
-        (0, 1, 0, 1, "positive multiple"),
-        (12, 0, 0, 1, "positive multiple"),
-        (12, 2, 2, 2, "dp_rank is 2"),
-        (12, 2, -1, 2, "dp_rank is -1"),
-    ],
-)
-def test_rank_slices_errors(size: int, micro_batch_size: int, rank: int, dp_size: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        rank_slices(np.arange(size), micro_batch_size, rank, dp_size)
-
-
-def test_load_batch(prefix: Path) -> None:
-    data = dataset(prefix)
-    tokens, labels, loss_mask = load_batch(data, np.array([4, 0]))
-    assert tokens.tolist() == [data.sample(4)[:-1].tolist(), data.sample(0)[:-1].tolist()]
-    assert labels.tolist() == [data.sample(4)[1:].tolist(), data.sample(0)[1:].tolist()]
-    assert torch.equal(loss_mask, torch.ones(2, 7))
-    assert (tokens.dtype, labels.dtype, loss_mask.dtype) == (torch.int64, torch.int64, torch.float32)
-    assert tokens.is_contiguous() and labels.is_contiguous()
-
-
-def test_reading_a_sample_does_not_read_the_corpus(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = dataset(prefix)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_no_token_of_another_position_is_read_but_labels(prefix, packing, monkeypatch):
+    data = samples(prefix, packing=packing, seq_length=40)
     read: list[int] = []
-    original = type(data._corpus).tokens
+    original = Corpus.tokens
     monkeypatch.setattr(
-        type(data._corpus), "tokens", lambda self, i, *span: (read.append(i), original(self, i, *span))[1]
+        Corpus,
+        "tokens",
+        lambda self, d, start, stop: (read.append(stop - start), original(self, d, start, stop))[1],
     )
     for i in range(len(data)):
         read.clear()
-        data.sample(i)
-        assert [f"{document}.py document 0" for document in read] == data.documents(i)
+        data.sample(i, [(0, 5), (35, 40)])
+        runs = 2 if packing == "concat" else len(read)  # each run of inputs needs one token more
+        assert sum(read) <= 10 + runs
 
 
-def test_spread_reaches_over_the_whole_split(prefix: Path) -> None:
-    train = dataset(prefix, "train", 7)
-    assert train.spread(3).tolist() == [0, len(train) // 3, 2 * len(train) // 3]
-    assert train.spread(10**6).tolist() == list(range(len(train)))
+@pytest.mark.parametrize("index", [-1, 10**6])
+def test_sample_out_of_range(prefix, index):
+    with pytest.raises(IndexError, match=f"sample {index} of "):
+        samples(prefix).sample(index)
+    with pytest.raises(IndexError, match=f"sample {index} of "):
+        samples(prefix).pieces(index)
+
+
+def test_names_of_a_samples_documents(prefix):
+    blend = train(prefix, packing="greedy")
+    for draw in blend.draw(0, 10):
+        pieces = blend.sources[0].samples.pieces(draw.sample)
+        assert blend.names(draw) == list(dict.fromkeys(f"file{p.document} document 0" for p in pieces))
+
+
+def test_ids_outside_the_vocabulary_are_found_in_foreign_data(tmp_path):
+    """Megatron's files do not say what their largest id is."""
+    prefix = write(tmp_path / "data", [30, 20, 10])
+    for suffix in (".json", ".inputs"):
+        prefix.with_suffix(suffix).unlink()
+    data = samples(prefix, vocab_size=200, valid_fraction=0.0)
+    with pytest.raises(
+        ValueError, match=r"holds the id 256, and model.vocab_size is 200; it is in one of: .* document"
+    ):
+        for i in range(len(data)):
+            data.sample(i)
+    with pytest.raises(ValueError, match="^data.loss_on=last: .*does not say who speaks"):
+        samples(prefix, loss_on="last")
+
+
+def test_documents_without_tokens_in_foreign_data(tmp_path):
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    torch = pytest.importorskip("torch")
+    builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "foreign.bin"), dtype=np.uint16)
+    contents = [[1, 2, 3], [], [4], [5, 6], []]
+    for content in contents:
+        builder.add_item(torch.tensor(content, dtype=torch.int64))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "foreign.idx"))
+    for packing in PACKINGS:
+        data = samples(tmp_path / "foreign", packing=packing, seq_length=2, valid_fraction=0.0)
+        stream = [int(t) for document in data.documents() for t in document]
+        assert sorted(stream) == [1, 2, 3, 4, 5, 6]
+        labels = [int(x) for i in range(len(data)) for x, m in zip(*data.sample(i)[1:3], strict=True) if m]
+        expected = [2, 3, 6] if packing != "concat" else stream[1 : 1 + 2 * len(data)]
+        assert sorted(labels) == sorted(expected)
+
+
+def test_a_folder_of_shards_is_one_corpus(tmp_path):
+    for i, part in enumerate((SIZES[:10], SIZES[10:11], SIZES[11:])):
+        with IndexedWriter(tmp_path / "shards" / f"part{i}", ByteTokenizer()) as writer:
+            for size in part:
+                writer.add(f"part{i}", list(range(size - 1)), size)
+    corpus = Corpus(str(tmp_path / "shards"))
+    assert (corpus.num_documents, corpus.num_tokens) == (40, sum(SIZES))
+    every = np.arange(40)[::-1].copy()
+    assert corpus.sizes(every).tolist() == SIZES[::-1]
+    assert [corpus.tokens(d, 0, SIZES[d]).tolist() for d in (0, 9, 10, 11, 39)] == [
+        [*range(SIZES[d] - 1), EOD] for d in (0, 9, 10, 11, 39)
+    ]
+    assert [corpus.name(d) for d in (9, 10, 12)] == [
+        "part0 document 9",
+        "part1 document 0",
+        "part2 document 1",
+    ]
+    data = samples(tmp_path / "shards")
+    assert sum(len(t) for t in data.documents()) == data.facts["tokens"]
+
+
+def test_a_folder_without_data(tmp_path):
+    with pytest.raises(ValueError, match=r"no data in .*: the folder holds no \.idx file"):
+        Corpus(str(tmp_path))
+
+
+def test_shards_with_and_without_roles(tmp_path):
+    write(tmp_path / "a", [5])
+    write(tmp_path / "b", [5], roles=True)
+    with pytest.raises(ValueError, match=r"mixes shards with and without \.roles"):
+        Corpus(str(tmp_path))

@@ -16,7 +16,9 @@ from runs import ROOT, files, full_state, losses, overrides, start_training, tra
 from safetensors.torch import load_file
 
 from megatsp.compose import compose
-from megatsp.data.dataset import GPTDataset, Sampler, load_batch
+from megatsp.data.blend import Draw
+from megatsp.data.loader import read_batch
+from megatsp.data.splits import Splits, load_splits
 from megatsp.data.tokenizer import ByteTokenizer
 from megatsp.schema import Config
 from megatsp.training.checkpoint import LATEST, read_state
@@ -49,7 +51,7 @@ EVERY_FOUR = ["checkpoint.save_interval=4", "trainer.eval_interval=4", "optimize
 # design.md section 5.
 STEP_METRICS = {
     "iteration", "consumed-tokens", "lm loss", "grad-norm", "learning-rate", "iteration-time-ms",
-    "tokens/s/gpu", "tflops/gpu", "mfu", "memory/peak-gib", "comm/exposed-ms", "comm/bytes",
+    "tokens/s/gpu", "tflops/gpu", "mfu", "memory/peak-gib", "data/wait-ms", "comm/exposed-ms", "comm/bytes",
 }  # fmt: skip
 EVALUATION_METRICS = {"iteration", "consumed-tokens", "val/lm loss", "val/bits-per-byte"}
 
@@ -100,7 +102,8 @@ def test_losses_are_the_same_on_every_mesh(entries, name):
 def rank_steps(configs: Sequence[Config]) -> list[list[tuple[float, float]]]:
     """On a rank: loss and gradient norm of each run's first five steps."""
     trainings = (start_training(config) for config in configs)
-    results = [[training.step(i, []) for i in range(1, 6)] for training in trainings]
+    loaders = ((training, training.loader()) for training in trainings)
+    results = [[training.step(i, loader, []) for i in range(1, 6)] for training, loader in loaders]
     return [[(result.loss, result.grad_norm) for result in of_run] for of_run in results]
 
 
@@ -137,10 +140,9 @@ def test_steps_are_the_same_with_every_preset(preset_steps, name):
 def test_losses_equal_a_dense_models(entries, folder):
     """The first loss, and its sample order, from the reference alone."""
     config = compose(arguments(folder, "one"))
-    data = dataset(config, "train")
-    indices = Sampler(config.trainer.seed, len(data)).indices(0, 4)
+    data = splits(config).train
     model = run_distributed(initial_weights, 1, compose(arguments(folder, "unsaved")))[0]
-    loss = dense_model(config, model).loss(*load_batch(data, indices)).item()
+    loss = dense_model(config, model).loss(*read_batch(data, data.draw(0, 4))).item()
     assert entries["one"][0]["lm loss"] == pytest.approx(loss, rel=1e-6)
 
 
@@ -216,10 +218,11 @@ def test_traffic_is_that_of_training_steps_alone(entries):
 def mean_traffic(config: Config) -> float:
     """On a rank: comm/bytes of two steps with an evaluation in between."""
     training = start_training(config)
-    interval = Interval(training.config, training.axes)
+    interval, loader = Interval(training.config, training.axes), training.loader()
     for iteration in (1, 2):
-        interval.add(training.step(iteration, []))
-        training.evaluate()
+        interval.add(training.step(iteration, loader, []))
+        assert training.data.valid is not None
+        training.evaluate(training.data.valid, "val")
         interval.restart()
     return interval.take(training.state)["comm/bytes"]
 
@@ -235,14 +238,12 @@ def initial_weights(config: Config) -> dict[str, torch.Tensor]:
 
 def weights_and_evaluation(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     training = start_training(config)
-    return full_state(training), training.evaluate()
+    assert training.data.valid is not None
+    return full_state(training), training.evaluate(training.data.valid, "val")
 
 
-def dataset(config: Config, split: str) -> GPTDataset:
-    data, trainer = config.data, config.trainer
-    return GPTDataset(
-        data.path, split, trainer.seq_length, ByteTokenizer(), data.valid_fraction, trainer.seed
-    )
+def splits(config: Config) -> Splits:
+    return load_splits(config, ByteTokenizer())
 
 
 def dense_model(config: Config, state: dict[str, torch.Tensor]) -> DenseGPT:
@@ -254,13 +255,14 @@ def dense_model(config: Config, state: dict[str, torch.Tensor]) -> DenseGPT:
 @pytest.mark.parametrize(("world_size", "more"), [(2, ["parallel.tsp=2"]), (2, ["parallel.dp_shard=2"])])
 @pytest.mark.parametrize("eval_iters", [5, 1000])
 def test_evaluation_equals_the_dense_models(entries, folder, world_size, more, eval_iters):
-    config = compose(arguments(folder, "one", f"trainer.eval_iters={eval_iters}", *more))
+    batches = ["trainer.global_batch_size=6", "trainer.micro_batch_size=3"]
+    config = compose(arguments(folder, "one", *batches, f"trainer.eval_iters={eval_iters}", *more))
     state, found = run_distributed(weights_and_evaluation, world_size, config)[0]
-    data = dataset(config, "valid")
-    assert len(data) > 4 and len(data) % 4  # so that the last global batch is not full
-    count = min(4 * eval_iters, len(data))
-    spread = np.array([i * len(data) // count for i in range(count)])  # from the first to the last
-    ids, labels, mask = load_batch(data, spread)
+    data = splits(config).valid
+    assert len(data) > 6 and len(data) % 6  # so that the last global batch is not full
+    count = min(6 * eval_iters, len(data))
+    spread = [Draw(0, 0, i * len(data) // count) for i in range(count)]  # from the first to the last
+    ids, labels, mask, _ = read_batch(data, spread)
     with torch.no_grad():
         loss = dense_model(config, state).loss(ids, labels, mask).item()
     assert (labels == ByteTokenizer().eod).any()  # which is a token of no bytes

@@ -1,0 +1,174 @@
+"""Whole runs on blended and packed data: which sample comes next depends on the cursor alone."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from dense import DenseGPT
+from distributed import run_distributed
+from runs import command, losses, overrides, start_training, train_on_ranks, write_corpus
+
+from megatsp.compose import compose
+from megatsp.data.loader import read_batch
+from megatsp.data.splits import load_splits
+from megatsp.data.tokenizer import ByteTokenizer
+from megatsp.schema import Config
+from megatsp.training.checkpoint import LATEST
+
+PACKED = ("data.packing=best_fit", "optimizer.lr=0.005")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_corpus(folder / "a")
+    write_corpus(folder / "b", documents=12)
+    return folder
+
+
+def arguments(folder: Path, name: str, *more: str) -> list[str]:
+    blend = f"data.path=[0.7,{folder}/a,0.3,{folder}/b]"
+    return overrides(folder / "a", folder, f"name={name}", blend, *PACKED, *more)
+
+
+def test_a_run_whose_whole_cluster_changes_on_the_way_reads_the_same_samples(folder):
+    """Ranks, axes, micro-batch and readers differ from leg to leg; losses are those of one rank to 1e-6."""
+    (alone,) = train_on_ranks(1, arguments(folder, "alone"))
+    legs = [
+        (2, 3, ["parallel.tsp=2", "trainer.micro_batch_size=4"]),
+        (4, 5, ["parallel.tsp=2", "parallel.dp_shard=2", "trainer.micro_batch_size=1", "data.num_workers=1"]),
+        (2, 8, ["parallel=fsdp", "trainer.micro_batch_size=2"]),
+        (4, 10, ["parallel=tp_cp", "trainer.micro_batch_size=4"]),
+    ]
+    for world_size, until, more in legs:
+        # The schedule is that of all ten iterations.
+        lasting = [f"trainer.train_iters={until}", "scheduler.lr_decay_iters=10"]
+        (entries,) = train_on_ranks(world_size, arguments(folder, "moving", *lasting, *more))
+    assert len(losses(entries)) == 10
+    assert losses(entries) == pytest.approx(losses(alone), rel=1e-6, abs=0)
+    norms = [[e["grad-norm"] for e in run if "grad-norm" in e] for run in (entries, alone)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5, abs=0)
+
+
+def first_step(configs: Sequence[Config]) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """On a rank: each run's first loss, and the weights that it was of."""
+    found = []
+    for config in configs:
+        training = start_training(config)
+        weights = {n: p.detach().full_tensor().clone() for n, p in training.gpt.named_parameters()}
+        found.append((training.step(1, training.loader(), []).loss, weights))
+    return found
+
+
+@pytest.mark.parametrize("world_size, more", [(1, []), (4, ["parallel.tsp=4", "trainer.micro_batch_size=4"])])
+def test_the_loss_of_packed_documents_is_that_of_each_document_alone(folder, world_size, more):
+    ways = [f"data.packing={packing}" for packing in ("greedy", "best_fit", "pad")]
+    ways.append("data.packing=concat data.reset_attention_mask=true")
+    # Wide enough for several documents; weights so large that tokens matter to each other.
+    more = [*more, "trainer.seq_length=512", "data.valid_fraction=0", "model.init_method_std=0.5"]
+    configs = [compose(arguments(folder, "unsaved", *way.split(), *more)) for way in ways]
+    for config, (loss, weights) in zip(
+        configs, run_distributed(first_step, world_size, configs)[0], strict=True
+    ):
+        train = load_splits(config, ByteTokenizer()).train
+        batch = read_batch(train, train.draw(0, config.trainer.global_batch_size))
+        dense = DenseGPT(config.model)
+        dense.load_state_dict({name: weights[name] for name in dense.state_dict()})
+        assert (batch[3].diff(dim=1) != 0).any()  # there are borders in it
+        assert loss == pytest.approx(dense.loss(*batch).item(), rel=1e-6)
+        if config.data.packing != "pad":
+            assert dense.loss(*batch[:3]).item() != pytest.approx(loss, rel=1e-3)  # borders matter
+
+
+def test_resuming_on_other_data_is_refused_and_on_moved_data_is_not(folder):
+    run = arguments(folder, "resumed", "trainer.train_iters=2", "scheduler.lr_warmup_iters=1")
+    train_on_ranks(1, run)
+    longer = [*run, "trainer.train_iters=3"]
+    with pytest.raises(
+        AssertionError, match=r"holds a run on other data: it differs in data.path: .* there, .* now"
+    ):
+        train_on_ranks(1, [*longer, f"data.path=[0.6,{folder}/a,0.4,{folder}/b]"])
+    with pytest.raises(AssertionError, match=r"differs in data.packing: 'best_fit' there, 'greedy' now"):
+        train_on_ranks(1, [*longer, "data.packing=greedy"])
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    for name in "ab":
+        for file in folder.glob(f"{name}.*"):
+            shutil.copy(file, elsewhere)
+    write_corpus(elsewhere / "b", documents=13)
+    moved = f"data.path=[0.7,{elsewhere}/a,0.3,{elsewhere}/b]"
+    with pytest.raises(AssertionError, match="holds a run on other data"):
+        train_on_ranks(1, [*longer, moved])
+    write_corpus(elsewhere / "b", documents=12)
+    (entries,) = train_on_ranks(1, [*longer, moved, "data.num_workers=1", "data.valid_fraction=0.25"])
+    assert len(losses(entries)) == 3
+
+
+def test_validation_and_test_are_evaluated_where_there_are_any(folder):
+    runs = [
+        arguments(
+            folder, "tested", "trainer.train_iters=4", "trainer.eval_interval=2", "data.test_fraction=0.2"
+        ),
+        arguments(folder, "untested", "trainer.train_iters=4", "data.valid_fraction=0"),
+    ]
+    tested, untested = train_on_ranks(1, *runs)
+    assert [e["iteration"] for e in tested if "val/lm loss" in e] == [2, 4]
+    assert [(e["iteration"], sorted(e)) for e in tested if "test/lm loss" in e] == [
+        (4, ["consumed-tokens", "iteration", "test/bits-per-byte", "test/lm loss"])
+    ]
+    assert not any(key.startswith(("val/", "test/")) for entry in untested for key in entry)
+    assert all(math.isfinite(e["data/wait-ms"]) for e in tested if "lm loss" in e)
+
+
+def test_ctrl_c_ends_the_processes_that_read_ahead(folder, interruptible):
+    given = arguments(
+        folder, "interrupted", "trainer.train_iters=100000", "data.num_workers=2", "launch.nproc=2"
+    )
+    job = command("train", *given, "parallel.tsp=2")
+    assert job.stdout is not None
+    for line in job.stdout:
+        if re.match(r" iteration +3/", line):
+            break
+    started = descendants(job.pid)
+    assert len(started) >= 2 + 4  # two ranks, two readers each
+    for pid in (job.pid, *started):  # as a terminal does: to all of them
+        os.kill(pid, signal.SIGINT)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0 and "interrupted: stopped after iteration" in out, err
+    assert "Traceback" not in err
+    deadline = time.monotonic() + 20
+    while (left := [pid for pid in started if is_alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+    assert (folder / "interrupted" / "checkpoints" / LATEST).read_text().strip().isdigit()
+    entries = (folder / "interrupted" / "metrics.jsonl").read_text().splitlines()
+    assert "data/wait-ms" in json.loads(entries[0])
+
+
+def stat(pid: int | str) -> list[str]:
+    """State, parent and more of a process; nothing if it has gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def is_alive(pid: int) -> bool:
+    return stat(pid)[:1] not in ([], ["Z"])
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that these started."""
+    parents = {int(p.name): int(fields[1]) for p in Path("/proc").glob("[0-9]*") if (fields := stat(p.name))}
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
