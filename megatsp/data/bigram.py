@@ -88,6 +88,10 @@ class _SymbolTable:
     """Maps token ids to the symbols that they stand for; a special token stands for eod."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.token_bytes is None:
+            raise ValueError(
+                f"the ids of {tokenizer.name} stand for no exact bytes, which a byte bigram needs"
+            )
         symbols = [list(b) or [EOD] for b in tokenizer.token_bytes]
         self._lengths = np.array([len(s) for s in symbols], dtype=np.int64)
         self._starts = np.cumsum(self._lengths) - self._lengths
