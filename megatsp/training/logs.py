@@ -132,10 +132,10 @@ def iteration_line(iteration: int, total: int, global_batch_size: int, metrics: 
 
 def evaluation_line(iteration: int, metrics: Metrics) -> str:
     """The same for an evaluation."""
-    return (
-        f" validation loss at iteration {iteration} | lm loss: {metrics['val/lm loss']:.6E} | "
-        f"bits per byte: {metrics['val/bits-per-byte']:.4f}"
-    )
+    line = f" validation loss at iteration {iteration} | lm loss: {metrics['val/lm loss']:.6E}"
+    if "val/bits-per-byte" not in metrics:  # of a tokenizer whose ids have no exact bytes
+        return line
+    return f"{line} | bits per byte: {metrics['val/bits-per-byte']:.4f}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

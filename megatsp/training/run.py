@@ -60,10 +60,13 @@ class Training:
         self.config = config
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.train_data, self.valid_data = load_data(config, self.tokenizer)
-        self.bytes_per_token = torch.from_numpy(self.tokenizer.bytes_per_token()).to(device)
+        token_bytes = self.tokenizer.bytes_per_token()  # None: no bits per byte
+        self.bytes_per_token = None if token_bytes is None else torch.from_numpy(token_bytes).to(device)
         self.sampler = Sampler(config.trainer.seed, len(self.train_data))
         self.folder = run_folder(config)
         self.resumed_from = find_checkpoint(config)
+        if self.resumed_from is not None:
+            checkpoint.check_tokenizer(self.resumed_from, self.tokenizer)
         dist.barrier()  # every rank has looked before one writes
         self.axes = Axes.build(config.parallel, device)
         self.gpt: GPT = build_model(config, self.axes)
@@ -157,7 +160,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Validation loss (nats per token) and bits per byte.
+        """Validation loss (nats per token) and, where ids have exact bytes, bits per byte.
 
         Over eval_iters global batches of samples spread evenly over the validation split, or all of it.
         """
@@ -172,28 +175,23 @@ class Training:
                 indices = samples[np.minimum(chosen, len(samples) - 1)]
                 ids, labels, mask = self._local_batch(self.valid_data, indices)
                 mask *= torch.from_numpy(chosen < len(samples)).to(mask)[:, None]
-                total += torch.stack(
-                    [
-                        self.gpt(ids, labels, mask).sum(dtype=torch.float64),
-                        mask.sum(dtype=torch.float64),
-                        (self.bytes_per_token[labels] * mask).sum(dtype=torch.float64),
-                    ]
-                )
+                num_bytes = mask if self.bytes_per_token is None else self.bytes_per_token[labels] * mask
+                terms = (self.gpt(ids, labels, mask), mask, num_bytes)
+                total += torch.stack([term.sum(dtype=torch.float64) for term in terms])
         reshard(self.gpt)
-        nats, tokens, num_bytes = _sum_over_ranks(total).tolist()
+        nats, tokens, all_bytes = _sum_over_ranks(total).tolist()
         self.gpt.engine.check()
-        return {"val/lm loss": nats / tokens, "val/bits-per-byte": nats / math.log(2) / num_bytes}
+        loss = {"val/lm loss": nats / tokens}
+        if self.bytes_per_token is None:
+            return loss
+        return {**loss, "val/bits-per-byte": nats / math.log(2) / all_bytes}
 
     def save(self) -> Path:
         """Saves weights, moments and the cursor; on all ranks."""
         texts = {"config.yaml": to_yaml(self.config)}
-        if self.config.data.tokenizer != "byte":
-            source = Path(self.config.data.tokenizer)
-            texts["tokenizer.json"] = (source / "tokenizer.json" if source.is_dir() else source).read_text()
+        checkpoints, tensors = self.folder / "checkpoints", self.optimizer.tensors()
         self.saved_at = self.state.iteration
-        return checkpoint.save(
-            self.folder / "checkpoints", self.state, self.gpt, self.optimizer.tensors(), texts
-        )
+        return checkpoint.save(checkpoints, self.state, self.gpt, tensors, texts, self.tokenizer)
 
     def _local_batch(self, data: GPTDataset, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's zigzag share of the samples: ids, labels, mask [B, T/D]."""

@@ -75,7 +75,7 @@ class Tokenizer(ABC):
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
 
     def bytes_per_token(self) -> np.ndarray | None:
-        """Bytes that each id stands for, int64 [vocab_size]; 0 for special tokens, None without token_bytes."""
+        """Lengths of token_bytes, int64 [vocab_size], 0 for special tokens; None without token_bytes."""
         if self.token_bytes is None:
             return None
         return np.array([len(b) for b in self.token_bytes], dtype=np.int64)

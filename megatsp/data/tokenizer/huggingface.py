@@ -38,8 +38,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     token_bytes is exact for byte-level models that know every byte, and, of the normalised text (a space put
     before it included), for those that write spaces as U+2581 and fall back to bytes, as Llama 2's. Elsewhere
-    it is
-    None: WordPiece and Unigram without bytes may stand for text that they do not hold.
+    it is None: the ids of WordPiece, and of Unigram without bytes, may stand for text that they do not hold.
 
     Raises:
         ValueError: a file cannot be read, the files contradict each other, or nothing names a special token

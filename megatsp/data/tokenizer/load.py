@@ -17,8 +17,8 @@ ALLOWED = (
 )
 BESIDE = ("tokenizer_config.json", "chat_template.jinja")
 _CONVERT = (
-    'To make a tokenizer.json of it: python -c "from transformers import AutoTokenizer as A;
-    A.from_pretrained(' "'{0}').save_pretrained('{1}')\""
+    'To make a tokenizer.json of it: python -c "from transformers import AutoTokenizer as A; '
+    "A.from_pretrained('{0}').save_pretrained('{1}')\""
 )
 # Files of tokenizers that only transformers' slow classes read.
 _SLOW = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json", "spiece.vocab", "tokenizer.pkl")
@@ -54,7 +54,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return _from_file(path, spec)
     if kind in ("hf", "huggingface", "sentencepiece", "file"):
         raise ValueError(f"no tokenizer at {spec}: give the name or the path without {kind}: before it")
-    near = did_you_mean(spec, ("byte", "tiktoken:", "gpt2-bpe:"))
+    near = did_you_mean(f"{kind}:", ("tiktoken:", "gpt2-bpe:")) if rest else did_you_mean(spec, ("byte",))
     if near or _FILE_NAME.fullmatch(spec) or not _HUB_NAME.fullmatch(spec):
         if not near and path.parent.is_dir():
             near = did_you_mean(path.name, (other.name for other in path.parent.iterdir()))
@@ -161,10 +161,10 @@ def _from_hub(name: str) -> Tokenizer:
         ) from None
     files = _read(folder, huggingface.FILES)
     if "tokenizer.json" not in files:
+        convert = _CONVERT.format(name, name.split("/")[-1])
         raise ValueError(
-            f"the Hugging Face repository {name} has no tokenizer.json: it is not a fast tokenizer. Download "
-            f"it and give its *.model or *.tiktoken file, or convert it. {_CONVERT.format(name, name.split('/')[-1])}, and give "
-            "that folder"
+            f"the Hugging Face repository {name} has no tokenizer.json: it is not a fast tokenizer. {convert}, "
+            "and give that folder; or download its *.model or *.tiktoken file and give that"
         )
     return HuggingFaceTokenizer(files, name)
 

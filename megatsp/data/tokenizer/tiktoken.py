@@ -21,8 +21,8 @@ RANKS = "tokenizer.tiktoken"
 
 # How cl100k_base splits text before it merges; Llama 3 splits alike.
 CL100K = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|
-    ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]" r"|\s+(?!\S)|\s"
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 
 
