@@ -85,7 +85,7 @@ def save(
     """Writes one checkpoint on all ranks and moves the pointer to it last.
 
     tensors: beside the model's own, under names that do not collide. texts: small files by name.
-    tokenizer: the run's; its files go along, so that the checkpoint can be used without what it was read from.
+    tokenizer: the run's; its files go along, so that the checkpoint needs none of what it was read from.
     """
     folder = folder_of(checkpoints, state.iteration)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -179,8 +179,9 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         raise ValueError(
             f"{folder} was trained with another tokenizer: '{state.tokenizer}', fingerprint "
             f"{state.tokenizer_fingerprint[:12]}; this one is '{tokenizer.name}', fingerprint "
-            f"{tokenizer.fingerprint[:12]}. The former is in {folder / TOKENIZER}: give that as data.tokenizer and "
-            "prepare the data with it, or start a new run"
+            f"{tokenizer.fingerprint[:12]}. The former is in {folder / TOKENIZER}: put it "
+            "back where data.tokenizer is and prepare the data with it, or start a new run under another "
+            "name="
         )
 
 

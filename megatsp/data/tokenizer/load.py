@@ -163,8 +163,8 @@ def _from_hub(name: str) -> Tokenizer:
     if "tokenizer.json" not in files:
         convert = _CONVERT.format(name, name.split("/")[-1])
         raise ValueError(
-            f"the Hugging Face repository {name} has no tokenizer.json: it is not a fast tokenizer. {convert}, "
-            "and give that folder; or download its *.model or *.tiktoken file and give that"
+            f"the Hugging Face repository {name} has no tokenizer.json: it is not a fast tokenizer. "
+            f"{convert}, and give that folder; or download its *.model or *.tiktoken file and give that"
         )
     return HuggingFaceTokenizer(files, name)
 
