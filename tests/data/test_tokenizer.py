@@ -90,21 +90,21 @@ def write(folder: Path, *names: str) -> Path:
 def test_what_is_not_there_is_named_with_what_is(bpe, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(bpe.files()["tokenizer.json"])
     cases = [
-        (f"{tmp_path}/tokeniser.json", r"no tokenizer at .*tokeniser\.json; did you mean tokenizer\.json\?; give"),
+        (f"{tmp_path}/tokeniser.json", r"no tokenizer at .*tokeniser\.json; did you mean tokenizer\.json"),
         (f"{tmp_path}/absent", r"no tokenizer at .*absent; give 'byte', a tokenizer.json, .*gpt2-bpe:VOCAB"),
         ("bytes", r"no tokenizer at bytes; did you mean byte\?"),
         ("titoken:cl100k_base", r"did you mean tiktoken:\?"),
         ("hf:owner/name", "without hf: before it"),
         (str(write(tmp_path / "a")), "it holds no tokenizer.json, .*but nothing"),
         (str(write(tmp_path / "b", "readme.txt")), "but readme.txt"),
-        (str(write(tmp_path / "c", "a.model", "b.tiktoken")), "several tokenizers: .*one of a.model, b.tiktoken"),
-        (str(write(tmp_path / "d", "vocab.json", "merges.txt")), r"vocab.json, merges.txt but no tokenizer.json: "
-         r".*AutoTokenizer.*save_pretrained.*gpt2-bpe:.*/vocab.json,.*/merges.txt"),
-        (str(write(tmp_path / "e", "vocab.txt")), r"vocab.txt but no tokenizer.json.*save_pretrained\('.*/e'\)"),
-        (f"{tmp_path}/c/a.model", "is neither a tokenizer.json nor a SentencePiece .* begins with b'no tokenizer'"),
+        (str(write(tmp_path / "c", "a.model", "b.tiktoken")), "several .*one of a.model, b.tiktoken"),
+        (str(write(tmp_path / "d", "vocab.json", "merges.txt")), r"vocab.json, merges.txt but no "
+         r"tokenizer.json: .*AutoTokenizer.*save_pretrained.*gpt2-bpe:.*/vocab.json,.*/merges.txt"),
+        (str(write(tmp_path / "e", "vocab.txt")), r"vocab.txt but no .*save_pretrained\('.*/e'\)"),
+        (f"{tmp_path}/c/a.model", "neither a tokenizer.json nor .* begins with b'no tokenizer'"),
         (f"{tmp_path}/d/vocab.json", "is a vocabulary without its merges: give gpt2-bpe:"),
         ("gpt2-bpe:vocab.json", "give two files"),
-        (f"gpt2-bpe:{tmp_path}/absent.json,merges.txt", "cannot read .*absent.json of gpt2-bpe:.*No such file"),
+        (f"gpt2-bpe:{tmp_path}/absent.json,merges.txt", "cannot read .*absent.json of gpt2-bpe:.*No"),
     ]  # fmt: skip
     for spec, message in cases:
         with pytest.raises(ValueError, match=message):
