@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -323,23 +322,3 @@ def test_surrogates_are_refused(loaded, name):
     ):
         with pytest.raises(ValueError, match=r"character 1 of the text is the lone surrogate U\+D800"):
             encode("a\ud800")
-
-
-def test_a_batch_is_faster_than_a_loop(loaded, monkeypatch):
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as in a worker process
-    tokenizer, texts = loaded["byte-level"], [text * 4 for text in CORPUS for _ in range(4)]
-
-    def seconds(encode: Callable[[], object]) -> float:
-        begin = time.process_time()  # of this process: others may be busy
-        encode()
-        return time.process_time() - begin
-
-    times = [
-        (
-            seconds(lambda: tokenizer.encode_batch(texts)),
-            seconds(lambda: [tokenizer.encode(t) for t in texts]),
-        )
-        for _ in range(5)
-    ]
-    batch, loop = (min(each) for each in zip(*times, strict=True))
-    assert batch < loop

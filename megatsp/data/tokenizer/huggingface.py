@@ -27,7 +27,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 DECISIVE = ("added_tokens", "normalizer", "pre_tokenizer", "decoder", "model")
 
 
-BATCH = 64
+BATCH = 64  # texts that are encoded at once
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -90,8 +90,7 @@ class HuggingFaceTokenizer(Tokenizer):
             batch = texts[begin : begin + BATCH]
             for text in batch:
                 check_text(text)
-            # "fast" leaves out offsets, which costs a fifth less time than encode; many results at once cost
-            # more.
+            # Without offsets this takes a fifth less time than encode; many short texts at once take more.
             ids += [e.ids for e in self._backend.encode_batch_fast(batch, add_special_tokens=False)]
         return ids
 
