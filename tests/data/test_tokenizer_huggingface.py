@@ -294,6 +294,7 @@ def test_tokens_that_only_the_config_knows_are_added(folders, loaded, tmp_path):
         ({"model": None}, None, "is not a readable tokenizer.json: it has no model with a vocabulary"),
         ({"added_tokens": []}, None, r"no end-of-document token: .*its special tokens: none"),
         ({}, '{"eos_token": "</s>"}', "eos_token of .* is '</s>', which is not in tokenizer.json"),
+        ({}, '{"added_tokens_decoder": {"7": 1}}', "is not laid out as a tokenizer's: TypeError"),
         ({}, "[]", "tokenizer_config.json of .* is no JSON object, but a list"),
         ({}, "{", "tokenizer_config.json of .* is not valid JSON"),
     ],

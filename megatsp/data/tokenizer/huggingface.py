@@ -51,7 +51,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, files: dict[str, bytes], name: str) -> None:
         self.name = name
         self._files = dict(files)
-        content, extra, self.eod = _read(self._files, name)
+        try:
+            content, extra, self.eod = _read(self._files, name)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"a file of {name} is not laid out as a tokenizer's: {type(error).__name__} {error}"
+            ) from None
         self._backend = _backend(_guarded(content), name, is_text=True)
         self._rendered: tokenizers.Tokenizer | None = None
         for token in extra:
