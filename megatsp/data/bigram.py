@@ -83,7 +83,9 @@ class _SymbolTable:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.token_bytes is None:
-            raise ValueError(f"the {tokenizer.name} tokenizer's ids have no exact bytes to count")
+            raise ValueError(
+                f"the ids of {tokenizer.name} stand for no exact bytes, which a byte bigram needs"
+            )
         symbols = [list(b) or [EOD] for b in tokenizer.token_bytes]
         self._lengths = np.array([len(s) for s in symbols], dtype=np.int64)
         self._starts = np.cumsum(self._lengths) - self._lengths

@@ -2,8 +2,9 @@
 
     checkpoints/iter_0000100/           written under a temporary name, renamed when whole
         shard-*.safetensors             each rank's part of every tensor, with its place in the whole
-        state.json                      iteration, consumed samples and tokens, W&B run id
-        config.yaml, tokenizer.json     what the run was started with
+        state.json                      iteration, consumed samples and tokens, tokenizer, W&B run id
+        config.yaml                     what the run was started with
+        tokenizer/                      the tokenizer's files
     checkpoints/latest_checkpointed_iteration.txt
 
 Tensors are logical: weights under their Hugging Face names and `optimizer.<moment>.<name>`. Any
@@ -26,18 +27,27 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from megatsp.data.tokenizer import Tokenizer, load_tokenizer
+
+TOKENIZER = "tokenizer"  # the folder in a checkpoint
 LATEST = "latest_checkpointed_iteration.txt"
 _OTHER = f"restore it, or write the iteration of another checkpoint into {LATEST} beside it"
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, beside its tensors. files: of the checkpoint, with their sizes in bytes."""
+    """Where a run stands, beside its tensors.
+
+    tokenizer, tokenizer_fingerprint: of the run; empty in checkpoints of versions that did not store them.
+    files: of the checkpoint, with their sizes in bytes.
+    """
 
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     wandb_run_id: str = ""
+    tokenizer: str = ""
+    tokenizer_fingerprint: str = ""
     data_key: str = ""  # of the samples and their order; empty: not known
     files: dict[str, int] = field(default_factory=dict, compare=False)
 
@@ -66,11 +76,17 @@ def latest(checkpoints: Path) -> Path | None:
 
 
 def save(
-    checkpoints: Path, state: RunState, model: nn.Module, tensors: dict[str, Tensor], texts: dict[str, str]
+    checkpoints: Path,
+    state: RunState,
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    texts: dict[str, str],
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Writes one checkpoint on all ranks and moves the pointer to it last.
 
     tensors: beside the model's own, under names that do not collide. texts: small files by name.
+    tokenizer: the run's; its files go along, so that the checkpoint needs none of what it was read from.
     """
     folder = folder_of(checkpoints, state.iteration)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -88,10 +104,15 @@ def save(
     if is_first:
         for name, text in texts.items():
             (temporary / name).write_text(text)
-        state = replace(state, files={f.name: f.stat().st_size for f in sorted(temporary.iterdir())})
+        if tokenizer is not None:
+            (temporary / TOKENIZER).mkdir()
+            for name, content in tokenizer.files().items():
+                (temporary / TOKENIZER / name).write_bytes(content)
+            state = replace(state, tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
+        state = replace(state, files=_sizes(temporary))
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-        for file in temporary.iterdir():
-            _sync(file)
+        for path in temporary.rglob("*"):
+            _sync(path)
         _sync(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # a run that was resumed before this iteration
         temporary.rename(folder)
@@ -139,12 +160,42 @@ def read_state(folder: Path) -> RunState:
         state = RunState(**json.loads((folder / "state.json").read_text()))
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}/state.json is damaged: {error}; {_OTHER}") from error
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    sizes = _sizes(folder)
     for name, size in state.files.items():
         if sizes.get(name) != size:
             found = f"has {sizes[name]} bytes" if name in sizes else "is missing"
             raise ValueError(f"{folder} is damaged: {name}, of {size} bytes, {found}; {_OTHER}")
     return state
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer whose ids mean something else than those that the checkpoint was trained on.
+
+    Raises:
+        ValueError: it is another one, or the checkpoint is damaged.
+    """
+    state = read_state(folder)
+    # A checkpoint of a version that stored no fingerprint has nothing to compare.
+    if state.tokenizer_fingerprint and state.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{folder} was trained with another tokenizer: '{state.tokenizer}', fingerprint "
+            f"{state.tokenizer_fingerprint[:12]}; this one is '{tokenizer.name}', fingerprint "
+            f"{tokenizer.fingerprint[:12]}. The former is in {folder / TOKENIZER}: put it "
+            "back where data.tokenizer is and prepare the data with it, or start a new run under another "
+            "name="
+        )
+
+
+def load_tokenizer_of(folder: Path, spec: str) -> Tokenizer:
+    """The tokenizer that is stored in a checkpoint; `spec` where a version saved it that stored none.
+
+    Raises:
+        ValueError: it is not the one that the checkpoint was trained with, or cannot be read.
+    """
+    stored = (folder / TOKENIZER, folder / "tokenizer.json")  # the latter: of an earlier version
+    tokenizer = load_tokenizer(next((str(path) for path in stored if path.exists()), spec))
+    check_tokenizer(folder, tokenizer)
+    return tokenizer
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -154,6 +205,12 @@ def replace_text(path: Path, text: str) -> None:
     _sync(temporary)
     temporary.replace(path)
     _sync(path.parent)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file under `folder`, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _all_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from megatsp.training import checkpoint
 LOCK = ".lock"
 
 # A resumed run may change anything but these: they decide the model, or which sample comes next.
-FROZEN = ("model", "data.tokenizer", "optimizer.name", "trainer.seq_length", "trainer.seed")
+FROZEN = ("model", "optimizer.name", "trainer.seq_length", "trainer.seed")
 
 
 def find_checkpoint(config: Config) -> Path | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatsp.axes import Axes, choose_device, join
 from megatsp.compose import from_yaml
-from megatsp.data.tokenizer import Tokenizer, load_tokenizer
+from megatsp.data.tokenizer import Tokenizer
 from megatsp.model.gpt import GPT, local
 from megatsp.model.parallelize import build_model
 from megatsp.schema import ParallelConfig
@@ -27,12 +27,14 @@ def main(run_folder: Path, prompt: str, tokens: int, temperature: float, seed: i
     """Prints the prompt and its continuation by the run's last checkpoint; on all ranks of a tsp group.
 
     Raises:
-        ValueError: the folder holds no checkpoint, or its model does not split over these ranks.
+        ValueError: the folder holds no checkpoint, its tokenizer is not the one that it was trained with, or
+            its model does not split over these ranks.
     """
     found = checkpoint.latest(run_folder / "checkpoints")
     if found is None:
         raise ValueError(f"{run_folder} has no checkpoint: train it first, or give another run's folder")
     config = from_yaml((found / "config.yaml").read_text())
+    tokenizer = checkpoint.load_tokenizer_of(found, config.data.tokenizer)
     device = choose_device(config.launch.device)
     join(device, config.launch.timeout_s)
     try:
@@ -41,8 +43,6 @@ def main(run_folder: Path, prompt: str, tokens: int, temperature: float, seed: i
         axes = Axes.build(config.parallel, device)
         gpt = build_model(config, axes)
         checkpoint.load(found, gpt, {})
-        stored = found / "tokenizer.json"
-        tokenizer = load_tokenizer(str(stored) if stored.exists() else config.data.tokenizer)
         text = generate(gpt, axes, tokenizer, prompt, tokens, temperature, seed, config.trainer.seq_length)
         if dist.get_rank() == 0:
             print(text, flush=True)

@@ -66,6 +66,7 @@ class Training:
         self.folder = run_folder(config)
         self.resumed_from = find_checkpoint(config)
         if self.resumed_from is not None:
+            checkpoint.check_tokenizer(self.resumed_from, self.tokenizer)
             check_data(config, self.resumed_from, self.data.key)
         dist.barrier()  # every rank has looked before one writes
         self.axes = Axes.build(config.parallel, device)
@@ -212,13 +213,9 @@ class Training:
     def save(self) -> Path:
         """Saves weights, moments and the cursor; on all ranks."""
         texts = {"config.yaml": to_yaml(self.config)}
-        if self.config.data.tokenizer != "byte":
-            source = Path(self.config.data.tokenizer)
-            texts["tokenizer.json"] = (source / "tokenizer.json" if source.is_dir() else source).read_text()
+        checkpoints, tensors = self.folder / "checkpoints", self.optimizer.tensors()
         self.saved_at = self.state.iteration
-        return checkpoint.save(
-            self.folder / "checkpoints", self.state, self.gpt, self.optimizer.tensors(), texts
-        )
+        return checkpoint.save(checkpoints, self.state, self.gpt, tensors, texts, self.tokenizer)
 
     def _own_pairs(self, batches: Sequence[Batch]) -> float:
         """This rank's share of the pairs of tokens that attend to each other."""

@@ -1,130 +1,189 @@
+"""The byte tokenizer, and which tokenizer a name stands for."""
+
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from texts import RENDERED, TRICKY
 
-from megatsp.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
-
-TEXT = "def f(x):\n    return x + 1  # Ünïcode: 日本語 🙂\r\n\tZero\x00 byte, <|endoftext|> spelt out\n"
+from megatsp.data.tokenizer import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    from_megatron,
+    load_tokenizer,
+    train_bpe,
+)
 
 
 @pytest.fixture(scope="module")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> BPETokenizer:
-    return train_bpe([TEXT, "return return return"], 300, tmp_path_factory.mktemp("bpe") / "tokenizer.json")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTokenizer:
+    return train_bpe(TRICKY, 300, tmp_path_factory.mktemp("bpe") / "tokenizer.json")
 
 
-def edit(tokenizer: BPETokenizer, path: Path, **changes: object) -> Path:
-    """The tokenizer.json of `tokenizer` with some keys changed, at `path`."""
-    content = json.loads(tokenizer._backend.to_str())
-    path.write_text(json.dumps(content | changes))
-    return path
-
-
-def test_byte_tokenizer() -> None:
+def test_byte_tokenizer():
     tokenizer = ByteTokenizer()
     assert tokenizer.encode("aß") == [97, 0xC3, 0x9F]
+    assert tokenizer.encode_batch(["a", ""]) == [[97], []]
     assert tokenizer.decode([97, 0xC3, 0x9F, 256]) == "aß"
-    assert (tokenizer.vocab_size, tokenizer.eod) == (257, 256)
+    assert tokenizer.decode([97, 0xC3]) == "a\ufffd"
+    assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.special_tokens) == (
+        257,
+        256,
+        {"<|endoftext|>": 256},
+    )
     assert tokenizer.bytes_per_token().tolist() == [1] * 256 + [0]
     assert tokenizer.bytes_per_token().dtype == np.int64
+    assert tokenizer.eod not in tokenizer.encode("<|endoftext|>")
+    with pytest.raises(ValueError, match=r"character 2 of the text is the lone surrogate U\+DFFF"):
+        tokenizer.encode("aß\udfff")
+
+
+def test_rendered_bytes():
+    tokenizer = ByteTokenizer()
+    text = f"<|endoftext|>{RENDERED}ß"
+    ids, starts = tokenizer.encode_rendered(text)
+    assert [(i, s) for i, s in zip(ids, starts, strict=True) if i == 256] == [
+        (256, 0),
+        (256, 13 + RENDERED.index("<|endoftext|>")),
+    ]
+    assert ids[-2:] == list("ß".encode()) and starts[-2:] == [len(text) - 1] * 2
+    assert "".join(text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)) == text
 
 
 @pytest.mark.parametrize("ids", [[97, 257], [-1]])
-def test_decode_refuses_unknown_ids(ids: list[int]) -> None:
-    with pytest.raises(ValueError, match=f"cannot decode id {ids[-1]}"):
+def test_decode_refuses_unknown_ids(ids):
+    with pytest.raises(ValueError, match=f"cannot decode id {ids[-1]}: byte has the ids 0 to 256"):
         ByteTokenizer().decode(ids)
 
 
-def test_decode_marks_bytes_that_are_no_text() -> None:
-    assert ByteTokenizer().decode([97, 0xC3]) == "a\ufffd"
+def test_importing_tokenizers_is_cheap():
+    heavy = ("torch", "transformers", "tokenizers", "sentencepiece", "tiktoken", "huggingface_hub")
+    code = f"import sys, megatsp.data.tokenizer; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-def test_bpe_is_exact_about_text_and_bytes(bpe: BPETokenizer) -> None:
-    ids = bpe.encode(TEXT)
-    assert len(ids) < len(TEXT.encode())
-    assert bpe.decode(ids) == TEXT
-    assert int(bpe.bytes_per_token()[ids].sum()) == len(TEXT.encode())
-    assert (bpe.vocab_size, bpe.eod, bpe.bytes_per_token()[bpe.eod]) == (300, 0, 0)
+def test_byte_files_give_the_byte_tokenizer(tmp_path):
+    for name, content in ByteTokenizer().files().items():
+        (tmp_path / name).write_bytes(content)
+    assert load_tokenizer(str(tmp_path)).fingerprint == load_tokenizer("byte").fingerprint
 
 
-def test_every_byte_is_one_bpe_token(bpe: BPETokenizer) -> None:
-    assert {token for token in bpe.token_bytes if len(token) == 1} == {bytes([i]) for i in range(256)}
+def test_a_folder_a_file_and_a_home_are_found(bpe, tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_bytes(bpe.files()["tokenizer.json"])
+    (tmp_path / "tokenizer.model").write_text("of the slow tokenizer")
+    for spec in (tmp_path, tmp_path / "tokenizer.json"):
+        assert load_tokenizer(str(spec)).fingerprint == bpe.fingerprint
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_tokenizer("~/tokenizer.json").fingerprint == bpe.fingerprint
 
 
-def test_text_that_spells_eod_is_not_eod(bpe: BPETokenizer) -> None:
-    assert bpe.eod not in bpe.encode("a<|endoftext|>b")
+def write(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(b"no tokenizer")
+    return folder
 
 
-def test_bpe_training_is_deterministic_and_leaves_one_file(bpe: BPETokenizer, tmp_path: Path) -> None:
-    again = train_bpe([TEXT, "return return return"], 300, tmp_path / "new" / "tokenizer.json")
-    assert again.fingerprint == bpe.fingerprint
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["tokenizer.json"]
+def test_what_is_not_there_is_named_with_what_is(bpe, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(bpe.files()["tokenizer.json"])
+    cases = [
+        (f"{tmp_path}/tokeniser.json", r"no tokenizer at .*tokeniser\.json; did you mean tokenizer\.json"),
+        (f"{tmp_path}/absent", r"no tokenizer at .*absent; give 'byte', a tokenizer.json, .*gpt2-bpe:VOCAB"),
+        ("bytes", r"no tokenizer at bytes; did you mean byte\?"),
+        ("titoken:cl100k_base", r"did you mean tiktoken:\?"),
+        ("hf:owner/name", "without hf: before it"),
+        (str(write(tmp_path / "a")), "it holds no tokenizer.json, .*but nothing"),
+        (str(write(tmp_path / "b", "readme.txt")), "but readme.txt"),
+        (str(write(tmp_path / "c", "a.model", "b.tiktoken")), "several .*one of a.model, b.tiktoken"),
+        (str(write(tmp_path / "d", "vocab.json", "merges.txt")), r"vocab.json, merges.txt but no "
+         r"tokenizer.json: .*AutoTokenizer.*save_pretrained.*gpt2-bpe:.*/vocab.json,.*/merges.txt"),
+        (str(write(tmp_path / "e", "vocab.txt")), r"vocab.txt but no .*save_pretrained\('.*/e'\)"),
+        (f"{tmp_path}/c/a.model", "neither a tokenizer.json nor .* begins with b'no tokenizer'"),
+        (f"{tmp_path}/d/vocab.json", "is a vocabulary without its merges: give gpt2-bpe:"),
+        ("gpt2-bpe:vocab.json", "give two files"),
+        (f"gpt2-bpe:{tmp_path}/absent.json,merges.txt", "cannot read .*absent.json of gpt2-bpe:.*No"),
+    ]  # fmt: skip
+    for spec, message in cases:
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(spec)
 
 
-def test_truncation_and_padding_in_the_file_are_switched_off(bpe: BPETokenizer, tmp_path: Path) -> None:
-    limit = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    padding = {
-        "strategy": {"Fixed": 500},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 0,
-        "pad_type_id": 0,
-        "pad_token": "<|endoftext|>",
-    }
-    loaded = BPETokenizer(edit(bpe, tmp_path / "t.json", truncation=limit, padding=padding))
-    assert loaded.encode(TEXT) == bpe.encode(TEXT)
+def test_a_hub_name_is_looked_up_by_its_library_alone(bpe, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(ValueError, match="owner/name has no tokenizer.json: it is not a fast tokenizer"):
+        load_tokenizer("owner/name")
+    (tmp_path / "tokenizer.json").write_bytes(bpe.files()["tokenizer.json"])
+    tokenizer = load_tokenizer("gpt2")
+    assert (tokenizer.name, tokenizer.fingerprint) == ("gpt2", bpe.fingerprint)
+    assert [name for name, _ in asked] == ["owner/name", "gpt2"]
+    assert all(pattern.endswith((".json", ".jinja")) for _, patterns in asked for pattern in patterns)
 
 
-def test_added_tokens_that_are_not_special_stand_for_their_text(bpe: BPETokenizer, tmp_path: Path) -> None:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    special = {"id": 0, "content": "<|endoftext|>", "special": True} | flags
-    plain = {"id": 300, "content": "<tag>é", "special": False} | flags
-    loaded = BPETokenizer(edit(bpe, tmp_path / "t.json", added_tokens=[special, plain]))
-    text = "a<tag>éb"
-    assert 300 in loaded.encode(text)
-    assert loaded.vocab_size == 301
-    assert int(loaded.bytes_per_token()[loaded.encode(text)].sum()) == len(text.encode())
+def test_a_hub_that_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))  # offline: see conftest.py
+    with pytest.raises(ValueError, match=r"no tokenizer at owner/none: no such file.*hub did not give it"):
+        load_tokenizer("owner/none")
 
 
-def test_fingerprint_ignores_formatting_and_sees_content(bpe: BPETokenizer, tmp_path: Path) -> None:
-    path = edit(bpe, tmp_path / "same.json")
-    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
-    assert BPETokenizer(path).fingerprint == bpe.fingerprint
-    model = json.loads(bpe._backend.to_str())["model"]
-    changed = edit(bpe, tmp_path / "other.json", model=model | {"ignore_merges": True})
-    assert BPETokenizer(changed).fingerprint != bpe.fingerprint
-    assert ByteTokenizer().fingerprint not in (bpe.fingerprint, "")
+def test_gpt2_vocabulary_and_merges(tmp_path):
+    from transformers import GPT2Tokenizer
+
+    content = json.loads(train_bpe(TRICKY, 300, tmp_path / "t.json").files()["tokenizer.json"])["model"]
+    vocab = {token: i for i, token in enumerate([*list(content["vocab"])[1:], "<|endoftext|>"])}
+    (tmp_path / "v.json").write_text(json.dumps(vocab))
+    merges = "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in content["merges"]) + "\n"
+    (tmp_path / "m.txt").write_text(merges)
+    spec = from_megatron("GPT2BPETokenizer", None, str(tmp_path / "v.json"), str(tmp_path / "m.txt"))
+    ours = load_tokenizer(spec)
+    theirs = GPT2Tokenizer(vocab=vocab, merges=[tuple(pair) for pair in content["merges"]])
+    for text in TRICKY:
+        assert (
+            ours.encode(text)
+            == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        )
+        assert ours.decode(ours.encode(text)) == text
+    assert (ours.eod, ours.vocab_size, ours.name) == (299, 300, spec)
+    (tmp_path / "m.txt").write_text("no merges here")
+    with pytest.raises(ValueError, match="is no vocabulary with its merges"):
+        load_tokenizer(spec)
 
 
-def test_load_tokenizer(bpe: BPETokenizer, tmp_path: Path) -> None:
-    edit(bpe, tmp_path / "tokenizer.json")
-    assert isinstance(load_tokenizer("byte"), ByteTokenizer)
-    assert load_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
-    assert load_tokenizer(str(tmp_path / "tokenizer.json")).fingerprint == bpe.fingerprint
-    with pytest.raises(ValueError, match=r"no tokenizer at .*missing\.json"):
-        load_tokenizer(str(tmp_path / "missing.json"))
+def test_megatrons_names(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"")
+    model = str(path)
+    assert from_megatron("HuggingFaceTokenizer", "meta-llama/Llama-2-7b") == "meta-llama/Llama-2-7b"
+    assert from_megatron("PretrainedFromHF", "gpt2") == "gpt2"
+    for name in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"):
+        assert from_megatron(name, model) == model
+    assert from_megatron("TikTokenizer", "cl100k_base") == "tiktoken:cl100k_base"
+    assert from_megatron("ByteLevelTokenizer") == "byte"
 
 
-def test_unusable_tokenizers(bpe: BPETokenizer, tmp_path: Path) -> None:
-    (tmp_path / "bad.json").write_text('{"version": "1.0"}')
-    with pytest.raises(ValueError, match="not a readable"):
-        BPETokenizer(tmp_path / "bad.json")
-    with pytest.raises(ValueError, match="not a byte-level BPE"):
-        BPETokenizer(edit(bpe, tmp_path / "plain.json", decoder=None))
-    model = json.loads(bpe._backend.to_str())["model"]
-    spaced = model | {"vocab": model["vocab"] | {"with space": 300}}
-    with pytest.raises(ValueError, match="not a byte-level BPE: a token holds ' '"):
-        BPETokenizer(edit(bpe, tmp_path / "spaced.json", model=spaced))
-    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
-    with pytest.raises(ValueError, match="not a byte-level BPE"):
-        BPETokenizer(edit(bpe, tmp_path / "words.json", model=words))
-    with pytest.raises(ValueError, match="no end-of-document token"):
-        BPETokenizer(edit(bpe, tmp_path / "no_eod.json", added_tokens=[]))
-
-
-@pytest.mark.parametrize("vocab_size, message", [(256, "needs 257"), (100000, "only give")])
-def test_impossible_vocabulary_size(tmp_path: Path, vocab_size: int, message: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("NullTokenizer",), "reads numbers, not text"),
+        (
+            ("Llama2Tokeniser", "x"),
+            r"unknown .*; did you mean Llama2Tokenizer\?.*\(known: HuggingFaceTokenizer, ",
+        ),
+        (("HuggingFaceTokenizer",), "HuggingFaceTokenizer needs --tokenizer-model"),
+        (("GPT2BPETokenizer", None, "v"), "GPT2BPETokenizer needs --merge-file"),
+        (("ByteLevelTokenizer", "x"), "does not take --tokenizer-model"),
+        (("Llama2Tokenizer", "folder"), r"folder is no \*.model file"),
+        (("TikTokenizer", "tekken.json"), "Megatron's own JSON of ranks, which is not read"),
+    ],
+)
+def test_megatrons_options_that_do_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):
-        train_bpe([TEXT], vocab_size, tmp_path / "tokenizer.json")
-    assert list(tmp_path.iterdir()) == []
+        from_megatron(*arguments)

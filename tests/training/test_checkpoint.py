@@ -13,6 +13,7 @@ from distributed import run_distributed
 from runs import files, full_state, overrides, start_training, write_corpus
 
 from megatsp.compose import compose
+from megatsp.data.tokenizer import ByteTokenizer
 from megatsp.schema import Config
 from megatsp.training import checkpoint
 from megatsp.training.checkpoint import LATEST, RunState, folder_of, read_state
@@ -107,10 +108,14 @@ def test_the_folder_is_complete_and_plain(saved):
     suffixes = {path.suffix for path in checkpoints.rglob("*") if path.is_file()}
     assert suffixes == {".safetensors", ".json", ".yaml", ".txt"}
     state = json.loads((checkpoints / "iter_0000002" / "state.json").read_text())
-    sizes = {file.name: file.stat().st_size for file in (checkpoints / "iter_0000002").iterdir()}
-    sizes.pop("state.json")
-    assert state.pop("files") == sizes
-    assert state == {"iteration": 2, "consumed_samples": 8, "consumed_tokens": 256, "wandb_run_id": ""}
+    folder = checkpoints / "iter_0000002"
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    assert found.pop("state.json") and "tokenizer/megatsp_tokenizer.json" in found
+    assert state.pop("files") == {name: path.stat().st_size for name, path in found.items()}
+    assert state.pop("tokenizer_fingerprint") == ByteTokenizer().fingerprint
+    counts = {"iteration": 2, "consumed_samples": 8, "consumed_tokens": 256}
+    assert len(state.pop("data_key")) == 64
+    assert state == {**counts, "wandb_run_id": "", "tokenizer": "byte"}
 
 
 @pytest.mark.parametrize(
