@@ -127,7 +127,7 @@ def _data_errors(config: Config) -> Iterator[str]:
             read_sources(path or ["held out"])
         except ValueError as error:
             yield str(error)
-    if d.valid_fraction + d.test_fraction >= 1:
+    if d.valid_fraction < 1 and d.test_fraction < 1 and d.valid_fraction + d.test_fraction >= 1:
         yield f"data.test_fraction={d.test_fraction}: with valid_fraction={d.valid_fraction} nothing is left"
     if d.packing == "concat" and d.long_documents != "split":
         yield (

@@ -5,8 +5,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megatsp.data.dataset import split_documents
 from megatsp.data.indexed import IndexedDocuments
+from megatsp.data.sample_index import DocumentOrder
+from megatsp.data.splits import split_documents
 from megatsp.data.tokenizer import load_tokenizer, train_bpe
 
 RECIPE = Path(__file__).parents[2] / "data" / "python_stdlib" / "prepare.py"
@@ -118,7 +119,8 @@ def test_bpe_is_trained_on_the_training_split_alone(recipe: ModuleType, tmp_path
     ]
     recipe.main([*arguments, "--valid-fraction", "0.3", "--seed", "2"])
     tokenizer = load_tokenizer(str(tmp_path / "out"))
-    train, _ = split_documents(10, 0.3, 2)
+    order = DocumentOrder(10, 2, *split_documents(10, 0.3)["train"])
+    train = sorted(order(0, 7).tolist())
     expected = train_bpe([texts[i] for i in train], 290, tmp_path / "expected.json")
     everything = train_bpe(texts, 290, tmp_path / "everything.json")
     assert tokenizer.fingerprint == expected.fingerprint != everything.fingerprint

@@ -58,7 +58,6 @@ def test_what_a_resumed_run_may_change(config):
     ("group", "key", "value", "message"),
     [
         ("model", "hidden_size", 64, "model.hidden_size: 128 there, 64 now"),
-        ("data", "tokenizer", "elsewhere", "data.tokenizer: 'byte' there, 'elsewhere' now"),
         ("optimizer", "name", "apex_fused_adam", "optimizer.name: 'adamw' there"),
         ("trainer", "seq_length", 512, "trainer.seq_length: 256 there, 512 now"),
         ("trainer", "seed", 1, "trainer.seed: 1234 there, 1 now"),
