@@ -99,7 +99,7 @@ TRITON = KernelsConfig(**dict.fromkeys(KEYS, "torch") | dict(attention="triton",
 
 
 def fused(*args, **keys) -> Case:
-    """On Triton's kernels: small, for the interpreter."""
+    """On the kernels that know of documents: small, for the interpreter."""
     keys = dict(num_attention_heads=2, attention_buckets=1) | keys
     return replace(triton(*args, **keys), kernels=TRITON, samples=2, length=16, documents=True)
 
