@@ -28,6 +28,7 @@ from test_kernels import KEYS, triton
 from megatsp.axes import Axes
 from megatsp.model.parallelize import build_model
 from megatsp.schema import KernelsConfig, RotaryScaling
+from megatsp.tsp.partition import take_local
 
 MODELS = (
     dict(num_query_groups=8),
@@ -99,7 +100,7 @@ TRITON = KernelsConfig(**dict.fromkeys(KEYS, "torch") | dict(attention="triton",
 
 
 def fused(*args, **keys) -> Case:
-    """On Triton's kernels: small, for the interpreter."""
+    """On the kernels that know of documents: small, for the interpreter."""
     keys = dict(num_attention_heads=2, attention_buckets=1) | keys
     return replace(triton(*args, **keys), kernels=TRITON, samples=2, length=16, documents=True)
 
@@ -198,6 +199,26 @@ def test_nothing_but_padding_gives_zeros_and_a_rank_without_loss_no_nan(kernels)
     for none, some in run_distributed(rank_masked, 2, case_):
         assert all(finite for finite, _ in none + some)
         assert all(norm == 0 for _, norm in none) and all(norm > 0 for _, norm in some)
+
+
+def rank_positions(schemes: list[dict]) -> bool:
+    """On a rank: whether the tokens that attention has count from the starts of their documents."""
+    equal = []
+    for scheme in schemes:
+        case_ = case(**scheme)
+        axes = Axes.build(case_.parallel, torch.device("cpu"))
+        engine = build_model(case_.config(), axes).engine
+        ids, _, _, first = packed(4)
+        own = axes.take_local(ids)
+        found = engine.positions(own, engine.documents(own, first))
+        expected = take_local(torch.arange(ids.shape[1]) - first, axes.sequence.rank, axes.sequence.size)
+        equal.append(torch.equal(found, expected[:, None]))
+    return all(equal)
+
+
+def test_positions_restart():
+    """Asserted on the numbers: rotated scores depend on differences alone, so losses cannot tell."""
+    assert all(run_distributed(rank_positions, 4, [dict(tsp=4), dict(tp=2, cp=2), dict(tp=4)]))
 
 
 def test_what_is_no_batch_of_documents_is_refused():
