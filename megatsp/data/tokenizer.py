@@ -34,6 +34,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without an end-of-document id."""
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+        return [self.encode(text) for text in texts]
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
@@ -116,6 +120,10 @@ class BPETokenizer(Tokenizer):
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, faster."""
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def _read_token_bytes(self) -> list[bytes]:
         byte_of = _byte_of_character()
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
@@ -139,6 +147,18 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec)
     return BPETokenizer(path / "tokenizer.json" if path.is_dir() else path)
+
+
+def from_megatron(
+    tokenizer_type: str,
+    tokenizer_model: str | None = None,
+    vocab_file: str | None = None,
+    merge_file: str | None = None,
+) -> str:
+    """What load_tokenizer takes."""
+    if tokenizer_type != "HuggingFaceTokenizer" or not tokenizer_model or vocab_file or merge_file:
+        raise ValueError("only --tokenizer-type HuggingFaceTokenizer with --tokenizer-model is known")
+    return tokenizer_model
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> BPETokenizer:
