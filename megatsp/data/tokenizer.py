@@ -72,6 +72,10 @@ class ByteTokenizer(Tokenizer):
         """The UTF-8 bytes of `text`."""
         return list(text.encode("utf-8"))
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As arrays."""
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]  # type: ignore[misc]
+
 
 class BPETokenizer(Tokenizer):
     """Byte-level BPE read from a Hugging Face tokenizer.json.

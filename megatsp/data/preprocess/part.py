@@ -194,6 +194,8 @@ class _Writer:
             self._reject(piece, number, texts)
             return
         num_bytes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+        if self._batch_bytes + sum(num_bytes) > 2 * BATCH_BYTES:
+            self._flush()
         self._batch.append((piece, number, texts, num_bytes))
         self._batch_bytes += sum(num_bytes)
 
@@ -203,7 +205,7 @@ class _Writer:
             for key in range(len(self._files) if self._batch else 0)
         ]
         for document, (piece, number, _, num_bytes) in enumerate(self._batch):
-            ids = [np.asarray(of_key[document], dtype=np.int64) for of_key in encoded]
+            ids = [_array(of_key[document]) for of_key in encoded]
             bad = next((found for found in map(self._fault, ids) if found), None)
             if bad:
                 self._reject(piece, number, bad)
@@ -221,7 +223,7 @@ class _Writer:
                 raise
             self._reject(piece, number, Bad(reason, getattr(error, "detail", "")))
             return
-        ids = np.asarray(rendered.ids, dtype=np.int64)
+        ids = _array(rendered.ids)
         bad = self._fault(ids)
         if rendered.num_bytes > self._setup.max_document_bytes:
             bad = too_long(rendered.num_bytes, self._setup.max_document_bytes)
@@ -247,6 +249,12 @@ class _Writer:
         self._part.rejects[bad.reason] += 1
         if len(self._part.examples) < NUM_EXAMPLES:
             self._part.examples.append(message(piece, number, bad))
+
+
+def _array(ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    if isinstance(ids, np.ndarray):
+        return ids.astype(np.int64, copy=False)
+    return np.fromiter(ids, np.int64, len(ids))  # in half the time of np.asarray
 
 
 def _mark(setup: Setup, index: int) -> str:

@@ -17,7 +17,7 @@ from megatsp.data.preprocess.inputs import DATASET, JSONL, PARQUET, TEXT, find
 from megatsp.nearest import did_you_mean
 
 BATCH_BYTES = 1 << 20
-MAX_DOCUMENT_BYTES = 1 << 24
+MAX_DOCUMENT_BYTES = 1 << 22  # a byte-level BPE of tokenizers needs 140 times as much memory
 UNREADABLE = "unreadable file"
 
 
