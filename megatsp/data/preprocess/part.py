@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -69,7 +68,7 @@ class Part:
     """What is known of a partition, at its end or so far."""
 
     counts: dict[str, Counts]  # by output
-    rejects: Counter[str] = field(default_factory=Counter)
+    rejects: dict[str, int] = field(default_factory=dict)  # by reason
     examples: list[str] = field(default_factory=list)
     input_bytes: int = 0
     seconds: float = 0.0
@@ -89,7 +88,6 @@ def read_part(setup: Setup, index: int, vocab_size: int) -> Part | None:
     itemsize = np.dtype(DTYPE_OF_CODE[token_code(vocab_size)]).itemsize
     try:
         content = json.loads(Path(_mark(setup, index)).read_bytes())
-        content["rejects"] = Counter(content["rejects"])
         content["counts"] = {output: Counts(**content["counts"][output]) for output in setup.outputs}
         for output, count in content["counts"].items():
             expected = {".bin": count.tokens * itemsize, ".sizes": count.documents * 4}
@@ -246,7 +244,7 @@ class _Writer:
     def _reject(self, piece: Piece, number: int, bad: Bad) -> None:
         if not self._setup.skip:
             raise BadRecord(message(piece, number, bad))
-        self._part.rejects[bad.reason] += 1
+        self._part.rejects[bad.reason] = self._part.rejects.get(bad.reason, 0) + 1
         if len(self._part.examples) < NUM_EXAMPLES:
             self._part.examples.append(message(piece, number, bad))
 

@@ -7,10 +7,11 @@ the number of workers, so that an interrupted job goes on with any.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatsp.data.preprocess.inputs import DATASET, JSONL, PARQUET, InputFile, Rows
-from megatsp.data.preprocess.sources import Piece, num_row_groups, row_group_bytes
+from megatsp.data.preprocess.sources import Piece, row_group_bytes
 
 SMALLEST_BYTES, USUAL_BYTES, MOST_PARTITIONS = 4 << 20, 128 << 20, 20_000
 
@@ -34,7 +35,7 @@ def partitions(inputs: Sequence[InputFile | Rows], count: int = 0) -> list[list[
             if belongs > number and cut[-1]:
                 cut.append([])
             number = belongs
-            cut[-1].append(piece)
+            _append(cut[-1], piece)
             begin += max(piece.bytes, 1)
     return cut
 
@@ -63,14 +64,38 @@ def _pieces(file: InputFile | Rows, begin: int, total: int, count: int) -> Itera
     """A file in the parts that lie in different partitions."""
     if isinstance(file, Rows):
         yield from _row_pieces(file, begin, total, count)
-    elif file.kind == PARQUET and num_row_groups(file.path) > 1:
-        for index, num_bytes in enumerate(row_group_bytes(file.path)):
-            yield Piece(PARQUET, file.path, index, index + 1, num_bytes)
+    elif file.kind == PARQUET:
+        yield from _row_group_pieces(file)
     elif file.kind == JSONL and not file.compressed and file.bytes:
         for low, high in _ranges(begin, file.bytes, total, count):
             yield Piece(JSONL, file.path, low, high, high - low)
     else:
-        yield Piece(file.kind, file.path, 0, 1 if file.kind == PARQUET else file.bytes, file.bytes)
+        yield Piece(file.kind, file.path, 0, file.bytes, file.bytes)
+
+
+def _row_group_pieces(file: InputFile) -> Iterator[Piece]:
+    try:
+        sizes = row_group_bytes(file.path)
+    except ValueError:  # reading it says so again
+        sizes = [1]
+    done, total, low = 0, max(sum(sizes), 1), 0
+    for index, num_bytes in enumerate(sizes):
+        done += num_bytes
+        high = file.bytes * done // total
+        yield Piece(PARQUET, file.path, index, index + 1, high - low)
+        low = high
+
+
+def _append(pieces: list[Piece], piece: Piece) -> None:
+    if (
+        piece.kind == PARQUET
+        and pieces
+        and (last := pieces[-1]).path == piece.path
+        and last.end == piece.begin
+    ):
+        pieces[-1] = replace(last, end=piece.end, bytes=last.bytes + piece.bytes)
+    else:
+        pieces.append(piece)
 
 
 def _row_pieces(data: Rows, begin: int, total: int, count: int) -> Iterator[Piece]:

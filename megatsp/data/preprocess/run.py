@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def preprocess(options: Options) -> int:
             parts = _make_parts(options, setup, tokenizer, cut)
             infos = _merge(options, setup, tokenizer, source, parts, time.perf_counter() - started)
         except WorkerDied as error:
-            pieces = f" ({_range(cut[error.index])})" if error.index >= 0 else ""
+            pieces = f" ({_range(cut[error.index])})" if error.index >= 0 and cut[error.index] else ""
             where = f" of partition {error.index + 1} of {len(cut)}{pieces}" if pieces else ""
             print(
                 f"megatsp: error: the worker{where} {error}; {_kept(setup, tokenizer, cut)}", file=sys.stderr
@@ -163,7 +162,7 @@ def _merge(
     seconds: float,
 ) -> dict[str, CorpusInfo]:
     """Write the outputs; as long as the .json of one is missing, the partitions stand."""
-    rejects = sum((part.rejects for part in parts), Counter[str]())
+    rejects = summary.rejects(parts)
     infos = {}
     for output, prefix in options.outputs.items():
         _sweep(prefix)

@@ -43,8 +43,7 @@ def show(
             f"wrote {prefix}: {info.documents} documents, {info.tokens} tokens, {info.bytes} bytes of text, "
             f"{info.bytes / info.tokens:.3f} bytes per token"
         )
-    rejects = sum((part.rejects for part in parts), Counter[str]())
-    listed = ", ".join(f"{count} {reason}" for reason, count in rejects.most_common())
+    listed = ", ".join(f"{count} {reason}" for reason, count in rejects(parts).items())
     print(f"left out: {listed or 'nothing'}")
     for example in examples(parts):
         print(f"  {example}")
@@ -57,6 +56,14 @@ def show(
         print("documents do not end with eod: without --append-eod a model does not see where one ends")
     for output, prefix in options.outputs.items():
         print(f"use: data.path={prefix} data.tokenizer={spec} model.vocab_size={infos[output].vocab_size}")
+
+
+def rejects(parts: Sequence[Part]) -> dict[str, int]:
+    """Records that were left out, by reason, the most frequent first."""
+    total = Counter[str]()
+    for part in parts:
+        total.update(part.rejects)
+    return dict(total.most_common())
 
 
 def text_bytes(parts: Sequence[Part]) -> int:

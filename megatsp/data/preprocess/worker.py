@@ -3,7 +3,10 @@
 It ends when the connection does, so nothing is left running after the parent, however that ended.
 """
 
+import ctypes
 import gc
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from megatsp.data.preprocess.part import BadRecord, Part, Setup, write_part
 from megatsp.data.tokenizer import load_tokenizer
 
 REPORT_S = 0.3
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Failure:
 
 def main(descriptor: int) -> None:
     """Receives a Setup, then (index, pieces) again and again until None; sends Reports, or a Failure."""
+    if sys.platform == "linux":  # at once, not with the next report
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with Connection(descriptor) as connection:
         try:
             _work(connection)
