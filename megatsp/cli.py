@@ -15,6 +15,7 @@ usage: megatsp COMMAND [arguments]
   train      train a GPT                         megatsp train --help
   generate   continue a text with a trained GPT  megatsp generate --help
   bench      compare ways to run a GPT           megatsp bench --help
+  preprocess tokenise texts to train on          megatsp preprocess --help
   data       look at what a training reads       megatsp data --help
 
   --version  print the version
@@ -39,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    commands = {"train": _train, "generate": _generate, "bench": _bench, "data": _data}
+    commands = {
+        "train": _train, "generate": _generate, "bench": _bench, "preprocess": _preprocess, "data": _data,
+    }  # fmt: skip
     name, *rest = arguments or ["--help"]
     if name in ("--help", "-h"):
         print(USAGE, end="")
@@ -124,6 +127,14 @@ def _bench(arguments: list[str]) -> int:
 
     if "RANK" in os.environ:
         raise ValueError("megatsp bench starts ranks of its own: start it without torchrun or srun")
+    return run(arguments)
+
+
+def _preprocess(arguments: list[str]) -> int:
+    from megatsp.data.preprocess.arguments import run
+
+    if "RANK" in os.environ:
+        raise ValueError("megatsp preprocess starts workers of its own: start it without torchrun or srun")
     return run(arguments)
 
 

@@ -52,7 +52,10 @@ def test_defaults_are_valid_and_filled_in():
         ({"optimizer__clip_grad": float("inf")}, "optimizer.clip_grad=inf: must be >= 0"),
         ({"data__valid_fraction": -0.1}, "data.valid_fraction=-0.1: must be in [0, 1)"),
         ({"data__valid_fraction": 1.0}, "data.valid_fraction=1.0: must be in [0, 1)"),
-        ({"data__valid_fraction": 0.6, "data__test_fraction": 0.4}, "with valid_fraction=0.6 nothing is left"),
+        (
+            {"data__valid_fraction": 0.6, "data__test_fraction": 0.4},
+            "with valid_fraction=0.6 nothing is left",
+        ),
         ({"data__long_documents": "drop"}, "data.long_documents=drop: data.packing=concat cuts one stream"),
         ({"data__path": ["a", "0.5"]}, "data.path=[a,0.5]: give sources alone, or weight and source in turn"),
         ({"data__valid_path": ["0", "a"]}, "every weight must be above 0"),

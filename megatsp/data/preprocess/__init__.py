@@ -1,0 +1,1 @@
+"""`megatsp preprocess`: texts and conversations to tokenised documents on disk."""
