@@ -9,6 +9,10 @@ usage() {
 }
 
 read_arguments outputs/data/fineweb_edu "$@"
-train_tokenizer "${sources[@]}"
-python -m megatsp preprocess --input "${sources[@]}" --input-type parquet --json-keys text --append-eod \
+inputs=()
+for path in "${sources[@]}"; do
+    if [[ -d $path ]]; then inputs+=("$path/**/*.parquet"); else inputs+=("$path"); fi
+done
+train_tokenizer "${inputs[@]}"
+python -m megatsp preprocess --input "${inputs[@]}" --input-type parquet --json-keys text --append-eod \
     --tokenizer "$tokenizer" --output-prefix "$output/tokens" "${preprocess[@]}"
