@@ -123,8 +123,8 @@ def join(
 def group(documents: Iterable[Document], folder: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Books as they come, then the repositories with their files in order of path.
 
-    Files of repositories go to buckets in `folder` first, by a hash of the repository's name, since those of one
-    may be far apart: memory is that of a bucket.
+    Files of repositories go to buckets in `folder` first, by a hash of the repository's name, since those of
+    one may be far apart: memory is that of a bucket.
     """
     with ExitStack() as opened:
         buckets: dict[int, TextIO] = {}
