@@ -1,10 +1,6 @@
 """Training tokenizers: the function, and `megatsp preprocess train-tokenizer`."""
 
-import importlib.util
 import json
-import sys
-import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,24 +35,10 @@ def test_impossible_vocabulary_size(tmp_path, vocab_size, message):
 
 
 @pytest.fixture
-def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file of JSON lines, and where the reader is not there yet, one that reads just that."""
+def corpus(tmp_path: Path) -> Path:
+    """A file of JSON lines."""
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text or "empty", "n": 1}) + "\n" for text in CORPUS))
-    if importlib.util.find_spec("megatsp.data.preprocess") is None:
-
-        def texts(inputs: list[str], json_keys: list[str], on_error: str) -> Iterator[str]:
-            for name in inputs:
-                for number, line in enumerate(Path(name).read_text().splitlines(), 1):
-                    found = [json.loads(line).get(key) for key in json_keys]
-                    if None not in found:
-                        yield from found
-                    elif on_error == "fail":
-                        raise ValueError(f"{name} line {number}: missing key {json_keys[0]}")
-
-        for module in ("megatsp.data.preprocess", "megatsp.data.preprocess.sources"):
-            monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
-        sys.modules["megatsp.data.preprocess.sources"].texts = texts
     return path
 
 
@@ -133,6 +115,16 @@ def test_output_appears_whole_or_not_at_all(corpus, tmp_path):
     with pytest.raises(ValueError, match="is there and is no folder"):
         main(command(corpus, corpus, "--force"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
+
+
+def test_a_folder_that_holds_other_files_too(corpus, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "README.md").write_text("not data")
+    corpus.rename(folder / corpus.name)
+    with pytest.raises(ValueError, match="--input-type jsonl, parquet or text"):
+        main(command(folder, tmp_path / "out"))
+    assert main(command(folder, tmp_path / "out", "--input-type", "jsonl")) == 0
 
 
 def test_a_bad_record_fails_or_is_skipped(corpus, tmp_path):

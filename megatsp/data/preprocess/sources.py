@@ -130,13 +130,15 @@ def place(piece: Piece, number: int) -> str:
     return f"{piece.path} line {number + _lines_before(piece)}"
 
 
-def texts(inputs: list[str], json_keys: list[str], on_error: str = "fail") -> Iterator[str]:
+def texts(
+    inputs: list[str], json_keys: list[str], on_error: str = "fail", input_type: str = "auto"
+) -> Iterator[str]:
     """All texts of files, folders and globs, in order: what a tokenizer is trained on.
 
     Raises:
         ValueError: nothing there, or a bad record, unless `on_error` is "skip".
     """
-    for file in find(inputs):
+    for file in find(inputs, input_type):
         end = num_row_groups(file.path) if file.kind == PARQUET else file.bytes
         piece = Piece(file.kind, file.path, 0, end, file.bytes)
         for number, content in records(piece, json_keys, MAX_DOCUMENT_BYTES, Position()):

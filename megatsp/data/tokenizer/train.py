@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
     read = importlib.import_module(
         "megatsp.data.preprocess.sources"
     ).texts  # it may import what we do not need
-    texts = read(given.input, given.json_keys, given.on_error)
+    texts = read(given.input, given.json_keys, given.on_error, given.input_type)
     specials = tuple(given.special_tokens)
     backend = train(sample.of(texts), given.model, given.vocab_size, specials, given.min_frequency or 0)
     files = {
@@ -173,6 +173,12 @@ def _parser() -> Parser:
         required=True,
         metavar="PATH",
         help="what `megatsp preprocess` reads: JSON lines (.gz, .zst), Parquet or text files, or folders",
+    )
+    add(
+        "--input-type",
+        choices=("auto", "jsonl", "parquet", "text"),
+        default="auto",
+        help="default: by each file's suffix",
     )
     add(
         "--json-keys",
