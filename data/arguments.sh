@@ -30,7 +30,7 @@ refuse() {
     exit 2
 }
 
-# Trains a BPE on the first 500 MB of the arguments, files or globs, unless --tokenizer was given or
+# Trains a BPE on the first 500 MB of the arguments, files or globs and perhaps options, unless --tokenizer was given or
 # OUTPUT/tokenizer is there already. The special tokens are those of ChatML, so that it serves for SFT too.
 train_tokenizer() {
     [[ -z $tokenizer ]] || return 0

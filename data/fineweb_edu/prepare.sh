@@ -9,10 +9,6 @@ usage() {
 }
 
 read_arguments outputs/data/fineweb_edu "$@"
-inputs=()
-for path in "${sources[@]}"; do
-    if [[ -d $path ]]; then inputs+=("$path/**/*.parquet"); else inputs+=("$path"); fi
-done
-train_tokenizer "${inputs[@]}"
-python -m megatsp preprocess --input "${inputs[@]}" --input-type parquet --json-keys text --append-eod \
+train_tokenizer "${sources[@]}" --input-type parquet
+python -m megatsp preprocess --input "${sources[@]}" --input-type parquet --json-keys text --append-eod \
     --tokenizer "$tokenizer" --output-prefix "$output/tokens" "${preprocess[@]}"
