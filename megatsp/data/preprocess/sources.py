@@ -180,7 +180,7 @@ def open_input(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     with open(path, "rb", buffering=0) as raw:
         if path.endswith(".gz"):
             with gzip.GzipFile(fileobj=raw, mode="rb") as file:
-                yield file, raw
+                yield io.BufferedReader(file, 1 << 17), raw
         elif path.endswith(".zst"):
             yield io.BufferedReader(_ZstdFile(raw), 1 << 17), raw
         else:
