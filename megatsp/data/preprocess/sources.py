@@ -233,7 +233,13 @@ def _parsed(line: bytes) -> dict[str, Any] | Bad:
 
 def _text(piece: Piece, max_document_bytes: int) -> Iterator[Record]:
     with open_input(piece.path) as (file, _):
-        content = file.read(max_document_bytes + 1)
+        content = bytearray()
+        for part in iter(
+            lambda: file.read(BATCH_BYTES), b""
+        ):  # one read of so many bytes would claim them all
+            content += part
+            if len(content) > max_document_bytes:
+                break
     if len(content) > max_document_bytes:
         yield 1, too_long(piece.bytes, max_document_bytes)
         return
