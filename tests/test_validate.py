@@ -54,7 +54,7 @@ def test_defaults_are_valid_and_filled_in():
         ({"data__valid_fraction": 1.0}, "data.valid_fraction=1.0: must be in [0, 1)"),
         (
             {"data__valid_fraction": 0.6, "data__test_fraction": 0.4},
-            "with valid_fraction=0.6 nothing is left",
+            "valid_fraction=0.6 nothing is left",
         ),
         ({"data__long_documents": "drop"}, "data.long_documents=drop: data.packing=concat cuts one stream"),
         ({"data__path": ["a", "0.5"]}, "data.path=[a,0.5]: give sources alone, or weight and source in turn"),

@@ -3,7 +3,11 @@
 A rank asks for its own positions of its own samples; the processes that read share nothing but the files.
 """
 
+import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -62,7 +66,7 @@ class Loader:
         workers = config.num_workers
         several: dict[str, Any] = dict(
             num_workers=workers, prefetch_factor=config.prefetch_factor, multiprocessing_context="forkserver",
-            worker_init_fn=_ignore_interrupts, pin_memory=pin,
+            worker_init_fn=_prepare, pin_memory=pin,
         )  # fmt: skip
         loader = DataLoader(
             _Reader(blend, share.spans),
@@ -119,6 +123,18 @@ def read_batch(blend: Blend, draws: Sequence[Draw], spans: Sequence[Span] | None
     return tokens, labels, mask, torch.from_numpy(np.stack(firsts)) if firsts else None
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the rank decides when it ends, and they with it."""
+def _prepare(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal: the rank decides when it ends, and readers end with it.
+
+    torch's own watch looks at the process that forked the reader, which readers keep alive: so when a rank is
+    killed they would stay.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+
+    def end_with_the_rank() -> None:
+        multiprocessing.connection.wait([rank.sentinel])
+        os._exit(0)
+
+    threading.Thread(target=end_with_the_rank, daemon=True).start()

@@ -17,6 +17,12 @@ LOCK = ".lock"
 # A resumed run may change anything but these: they decide the model, or which sample comes next.
 FROZEN = ("model", "optimizer.name", "trainer.seq_length", "trainer.seed")
 
+# Keys of `data` that decide which sample comes next; its own content and theirs make the key of the data.
+ORDERING = (
+    "path", "valid_path", "valid_fraction", "test_path", "test_fraction", "packing", "reset_attention_mask",
+    "long_documents", "loss_on",
+)  # fmt: skip
+
 
 def find_checkpoint(config: Config) -> Path | None:
     """The checkpoint that a run of this name goes on from; None if the run is new.
@@ -66,7 +72,8 @@ def check_data(config: Config, found: Path, data_key: str) -> None:
     old = from_yaml((found / "config.yaml").read_text())
     changed = [
         f"{path}: {before!r} there, {now!r} now"
-        for path, before, now in _differences("data", asdict(old.data), asdict(config.data))
+        for key in ORDERING
+        for path, before, now in _differences(f"data.{key}", asdict(old.data)[key], asdict(config.data)[key])
     ]
     raise ValueError(
         f"{run_folder(config)} holds a run on other data: it differs in "

@@ -130,10 +130,11 @@ def iteration_line(iteration: int, total: int, global_batch_size: int, metrics: 
     return " | ".join(fields) + " |"
 
 
-def evaluation_line(iteration: int, metrics: Metrics) -> str:
-    """The same for an evaluation, of validation or test samples."""
-    split = "val" if "val/lm loss" in metrics else "test"
+def evaluation_line(iteration: int, split: str, metrics: Metrics) -> str:
+    """The same for an evaluation. split: val or test."""
     name = {"val": "validation", "test": "test"}[split]
+    if not metrics:
+        return f" {name} at iteration {iteration}: no token of its samples is trained (data.loss_on)"
     line = f" {name} loss at iteration {iteration} | lm loss: {metrics[f'{split}/lm loss']:.6E}"
     bits = metrics.get(f"{split}/bits-per-byte")
     return line if bits is None else f"{line} | bits per byte: {bits:.4f}"

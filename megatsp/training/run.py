@@ -127,7 +127,7 @@ class Training:
                     if blend is not None and due(every, iteration):
                         evaluation = self.evaluate(blend, split)
                         reporter.log(iteration, {"consumed-tokens": self.state.consumed_tokens, **evaluation})
-                        reporter.say(evaluation_line(iteration, evaluation))
+                        reporter.say(evaluation_line(iteration, split, evaluation))
                 if due(self.config.checkpoint.save_interval, iteration) or result.interrupted:
                     reporter.say(f" saved {self.save()}")
                 interval.restart()
@@ -180,7 +180,8 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, blend: Blend, split: str) -> dict[str, float]:
-        """Loss (nats per token) and, where the tokenizer's ids have exact bytes, bits per byte.
+        """Loss (nats per token) and, where the tokenizer's ids have exact bytes, bits per byte; {} if no
+        token is trained.
 
         Over eval_iters global batches of samples spread evenly over the split, or all of it.
         """
@@ -203,10 +204,8 @@ class Training:
         reshard(self.gpt)
         nats, tokens, num_bytes = _sum_over_ranks(total).tolist()
         self.gpt.engine.check()
-        if not tokens:
-            raise ValueError(
-                f"none of the {len(draws)} {split} samples has a trained token: see data.loss_on"
-            )
+        if not tokens:  # all are masked: there is no loss
+            return {}
         losses = {f"{split}/lm loss": nats / tokens}
         return losses | ({f"{split}/bits-per-byte": nats / math.log(2) / num_bytes} if num_bytes else {})
 

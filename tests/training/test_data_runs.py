@@ -144,13 +144,33 @@ def test_ctrl_c_ends_the_processes_that_read_ahead(folder, interruptible):
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0 and "interrupted: stopped after iteration" in out, err
     assert "Traceback" not in err
-    deadline = time.monotonic() + 20
-    while (left := [pid for pid in started if is_alive(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert left == []
+    assert still_alive(started) == []
     assert (folder / "interrupted" / "checkpoints" / LATEST).read_text().strip().isdigit()
     entries = (folder / "interrupted" / "metrics.jsonl").read_text().splitlines()
     assert "data/wait-ms" in json.loads(entries[0])
+
+
+def test_readers_end_with_a_rank_that_is_killed(folder):
+    given = arguments(folder, "killed", "trainer.train_iters=100000", "data.num_workers=2", "launch.nproc=2")
+    job = command("train", *given, "parallel.tsp=2")
+    assert job.stdout is not None
+    for line in job.stdout:
+        if re.match(r" iteration +3/", line):
+            break
+    started = descendants(job.pid)
+    rank = next(pid for pid in started if stat(pid)[1] == str(job.pid))
+    os.kill(rank, signal.SIGKILL)
+    _, err = job.communicate(timeout=120)
+    assert job.returncode != 0 and "killed by SIGKILL" in err
+    assert still_alive(started) == []
+
+
+def still_alive(processes: list[int]) -> list[int]:
+    """Those that have not ended within a time in which any would."""
+    deadline = time.monotonic() + 30
+    while (left := [pid for pid in processes if is_alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
 
 
 def stat(pid: int | str) -> list[str]:

@@ -110,6 +110,11 @@ def test_console_lines():
         "12.3 | tokens/s/gpu: 1234 | throughput per GPU (TFLOP/s/GPU): 0.250 | learning rate: 3.000000E-04"
         " | global batch size:    16 | lm loss: 2.500000E+00 | grad norm: 0.750 |"
     )
-    assert evaluation_line(10, {"val/lm loss": 2.5, "val/bits-per-byte": 3.6067}) == (
+    assert evaluation_line(10, "val", {"val/lm loss": 2.5, "val/bits-per-byte": 3.6067}) == (
         " validation loss at iteration 10 | lm loss: 2.500000E+00 | bits per byte: 3.6067"
     )
+    assert (
+        evaluation_line(9, "test", {"test/lm loss": 2.5})
+        == " test loss at iteration 9 | lm loss: 2.500000E+00"
+    )
+    assert "no token of its samples is trained" in evaluation_line(10, "val", {})

@@ -11,13 +11,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from megatsp.data.preprocess.inputs import DATASET, JSONL, PARQUET, TEXT, find
 from megatsp.nearest import did_you_mean
 
 BATCH_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 22  # a byte-level BPE of tokenizers needs 140 times as much memory
+NO_LIMIT_BYTES = 1 << 40
 UNREADABLE = "unreadable file"
 
 
@@ -141,8 +142,8 @@ def texts(
     for file in find(inputs, input_type):
         end = num_row_groups(file.path) if file.kind == PARQUET else file.bytes
         piece = Piece(file.kind, file.path, 0, end, file.bytes)
-        for number, content in records(piece, json_keys, MAX_DOCUMENT_BYTES, Position()):
-            found = texts_of(content, json_keys, MAX_DOCUMENT_BYTES)
+        for number, content in records(piece, json_keys, NO_LIMIT_BYTES, Position()):
+            found = texts_of(content, json_keys, NO_LIMIT_BYTES)
             if isinstance(found, list):
                 yield from found
             elif on_error == "fail":
@@ -182,7 +183,7 @@ def open_input(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     with open(path, "rb", buffering=0) as raw:
         if path.endswith(".gz"):
             with gzip.GzipFile(fileobj=raw, mode="rb") as file:
-                yield file, raw
+                yield cast(BinaryIO, file), raw
         elif path.endswith(".zst"):
             yield io.BufferedReader(_ZstdFile(raw), 1 << 17), raw
         else:
@@ -234,7 +235,13 @@ def _parsed(line: bytes) -> dict[str, Any] | Bad:
 
 def _text(piece: Piece, max_document_bytes: int) -> Iterator[Record]:
     with open_input(piece.path) as (file, _):
-        content = file.read(max_document_bytes + 1)
+        content = bytearray()
+        for part in iter(
+            lambda: file.read(BATCH_BYTES), b""
+        ):  # one read of so many bytes would claim them all
+            content += part
+            if len(content) > max_document_bytes:
+                break
     if len(content) > max_document_bytes:
         yield 1, too_long(piece.bytes, max_document_bytes)
         return

@@ -49,7 +49,7 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]:
         """The ids of each text, as encode gives them, faster."""
 
     @abstractmethod

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Sequence
 
+import numpy as np
+
 from megatsp.data.tokenizer.base import EOD_NAMES, MANIFEST, Tokenizer, check_text, sha256_of_json
 
 
@@ -26,9 +28,11 @@ class ByteTokenizer(Tokenizer):
         check_text(text)
         return list(text.encode("utf-8"))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The UTF-8 bytes of each text."""
-        return [self.encode(text) for text in texts]
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The UTF-8 bytes of each text, uint8."""
+        for text in texts:
+            check_text(text)
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
         """Bytes, and eod for `<|endoftext|>`; and the character that each is of."""

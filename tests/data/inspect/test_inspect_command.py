@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "sft"))
 from chat_tokenizers import CHATML, save_tokenizer
 
 from megatsp import cli

@@ -1,12 +1,9 @@
 """Samples as text: which tokens are marked as trained, where documents meet, what a terminal is spared."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "sft"))
 from chat_tokenizers import CHATML, LLAMA2, save_tokenizer
 
 from megatsp.data.dataset import Piece, Sample

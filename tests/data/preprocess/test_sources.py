@@ -171,7 +171,9 @@ def test_only_needed_columns_are_read(tmp_path: Path) -> None:
 def test_texts_for_training_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"a": "1", "b": "2"}) + "\n" + json.dumps({"a": "3"}) + "\n")
     write_parquet(tmp_path / "b.parquet", {"a": ["4"], "b": ["5"]})
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"6"))
     inputs = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")]
+    assert list(sources.texts([*inputs, str(tmp_path / "c.txt.gz")], ["a"])) == ["1", "3", "4", "6"]
     assert list(sources.texts(inputs, ["a"])) == ["1", "3", "4"]
     assert list(sources.texts(inputs, ["b", "a"], on_error="skip")) == ["2", "1", "5", "4"]
     with pytest.raises(ValueError, match=r"a\.jsonl line 2: missing key b"):
