@@ -49,7 +49,7 @@ def read_folder(given: str, max_bytes: int, skipped: Counter[str]) -> Iterator[D
         except UnicodeDecodeError:
             skipped["files that are not UTF-8"] += 1
         else:
-            yield "" if is_book else path.parts[0], path.as_posix(), text
+            yield "" if is_book else str(Path(given, path.parts[0])), path.as_posix(), text
 
 
 def read_records(path: str, options: argparse.Namespace) -> Iterator[Document]:
