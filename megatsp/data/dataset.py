@@ -84,9 +84,7 @@ class SampledCorpus:
             np.cumsum(rows["length"], dtype=np.int64) - rows["length"]
         )  # where pieces begin in the sample
         parts = [self._read(rows, starts, *span) for span in spans or [(0, seq_length)]]
-        tokens, labels, mask = (
-            parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
-        )
+        tokens, labels, mask = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         self._check(tokens, labels, index)
         first = None
         if self.reading.apart:

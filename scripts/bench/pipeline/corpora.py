@@ -21,7 +21,7 @@ def sizes(count: int, seed: int) -> np.ndarray:
 
 
 def write_pair(prefix: Path, documents: int, seed: int, sparse: bool = False) -> int:
-    """A .bin/.idx pair as Megatron's, without a .json; returns its tokens. sparse: all ids are 0, on no disk."""
+    """A .bin/.idx pair as Megatron's, without a .json; returns its tokens. sparse: ids are 0, on no disk."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     of_documents, code = sizes(documents, seed), token_code(VOCAB_SIZE)
     scratch = prefix.with_suffix(".sizes")

@@ -8,24 +8,26 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline.corpora import configuration, write_described, write_pair
-from pipeline.processes import status
-
 from megatsp.data.splits import load_splits
 from megatsp.data.tokenizer import ByteTokenizer
+from pipeline.corpora import configuration, write_described, write_pair
+from pipeline.processes import status
 
 SAMPLES = 1000
 
 
-def opening(folder: Path, files: int, documents: int) -> list[dict[str, Any]]:
-    """One source, ten folders, as many sources as files; built, then again from the cache."""
+def opening(folder: Path, files: int, documents: int, few: bool) -> list[dict[str, Any]]:
+    """One source, ten folders, as many sources as files; built, then again from the cache.
+
+    few: the ten folders alone, of one kind and packing.
+    """
     found = []
-    for described in (True, False):
+    for described in (True,) if few else (True, False):
         kind = "ours" if described else "Megatron's pair"
         here = folder / ("described" if described else "pairs")
         shards = [here / f"source_{i % 10}" / f"shard_{i // 10}" for i in range(files)]
@@ -38,7 +40,9 @@ def opening(folder: Path, files: int, documents: int) -> list[dict[str, Any]]:
             f"{files} files": [str(shard) for shard in shards],
         }
         for name, paths in cases.items():
-            for packing in ("concat", "best_fit"):
+            if few and name != "10 folders":
+                continue
+            for packing in ("concat",) if few else ("concat", "best_fit"):
                 cache = folder / "cache"
                 shutil.rmtree(cache, ignore_errors=True)
                 for state in ("built", "cached"):
@@ -48,14 +52,14 @@ def opening(folder: Path, files: int, documents: int) -> list[dict[str, Any]]:
     return found
 
 
-def building(folder: Path, million_documents: float) -> list[dict[str, Any]]:
+def building(folder: Path, million_documents: float, packings: Sequence[str]) -> list[dict[str, Any]]:
     """Documents a second of the first start with each packing."""
     count = int(million_documents * 1e6)
     prefix = folder / f"sparse_{count}"
     if not Path(f"{prefix}.idx").exists():
         write_pair(prefix, count, seed=0, sparse=True)
     found = []
-    for packing in ("concat", "greedy", "best_fit"):
+    for packing in packings:
         cache = folder / "index_cache"
         shutil.rmtree(cache, ignore_errors=True)
         result = _alone(_build, str(prefix), packing, str(cache))

@@ -73,7 +73,13 @@ def train_tokenizer(folder: Path, source: Path, vocab_size: int) -> Path:
 
 
 def contest(
-    folder: Path, part_mb: float, workers: Sequence[int], repeats: int, vocab_size: int
+    folder: Path,
+    part_mb: float,
+    workers: Sequence[int],
+    repeats: int,
+    vocab_size: int,
+    tokenizers: Sequence[str],
+    less_start: bool,
 ) -> list[dict[str, Any]]:
     """All systems on the same text, one after the other, again and again."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,14 +90,17 @@ def contest(
     write_jsonl(sample, texts, int(min(part_mb, 12) * 1e6))
     tokenizer = train_tokenizer(folder, sample, vocab_size)
     text_bytes = write_jsonl(part, texts, int(part_mb * 1e6))
+
+    def start(system: str, kind: str, count: int) -> Used:
+        if not less_start:
+            return Used(0, 0, 0, 0, "")
+        return _run(folder, one, system, kind, tokenizer, count)[0]
+
     jobs = []
-    for kind in ("bpe", "byte"):
+    for kind in tokenizers:
         for count in workers:
             systems = (OURS, THEIRS, BARE) if kind == "bpe" else (OURS, THEIRS)
-            jobs += [
-                Job(name, kind, count, text_bytes, [], _run(folder, one, name, kind, tokenizer, count)[0])
-                for name in systems
-            ]
+            jobs += [Job(name, kind, count, text_bytes, [], start(name, kind, count)) for name in systems]
     for repeat in range(repeats):
         for job in jobs:
             used, job.sha256 = _run(folder, part, job.system, job.tokenizer, tokenizer, job.workers)
@@ -138,7 +147,7 @@ def _run(
     digest = hashlib.sha256()
     for suffix in (".bin", ".idx"):
         with (output / f"x_text_document{suffix}").open("rb") as file:
-            for block in iter(lambda: file.read(1 << 22), b""):  # noqa: B023
+            for block in iter(lambda: file.read(1 << 22), b""):
                 digest.update(block)
     shutil.rmtree(output)
     return used, digest.hexdigest()
@@ -150,7 +159,9 @@ def _described(job: Job) -> dict[str, Any]:
 
 def _say(where: str, job: Job) -> None:
     rates = f"{job.cpu_rates[-1]:.2f} MB/s a core, {job.wall_rates[-1]:.2f} MB/s"
-    print(f"{where}: {job.system} {job.tokenizer}, {job.workers} workers: {rates}", file=sys.stderr, flush=True)
+    print(
+        f"{where}: {job.system} {job.tokenizer}, {job.workers} workers: {rates}", file=sys.stderr, flush=True
+    )
 
 
 def groups(jobs: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
