@@ -1,6 +1,7 @@
 """One source of documents: a .bin/.idx pair, or a folder of them that are read one after the other."""
 
 import hashlib
+from bisect import bisect_right
 from functools import cached_property
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class Corpus:
             )
         ends = np.cumsum([shard.num_documents for shard in self.shards])
         self._first = np.concatenate([[0], ends[:-1]])
+        self._firsts: list[int] = self._first.tolist()
         self.num_documents = int(ends[-1])
         self.num_tokens = sum(shard.num_tokens for shard in self.shards)
 
@@ -104,5 +106,5 @@ class Corpus:
                 )
 
     def _locate(self, document: int) -> tuple[IndexedDocuments, int]:
-        i = int(np.searchsorted(self._first, document, side="right")) - 1
-        return self.shards[i], int(document - self._first[i])
+        i = bisect_right(self._firsts, document) - 1
+        return self.shards[i], document - self._firsts[i]

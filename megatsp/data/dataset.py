@@ -84,12 +84,13 @@ class SampledCorpus:
             np.cumsum(rows["length"], dtype=np.int64) - rows["length"]
         )  # where pieces begin in the sample
         parts = [self._read(rows, starts, *span) for span in spans or [(0, seq_length)]]
-        tokens, labels, mask = (np.concatenate(part) for part in zip(*parts, strict=True))
+        tokens, labels, mask = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         self._check(tokens, labels, index)
         first = None
         if self.reading.apart:
             first = np.repeat(starts, rows["length"])[:seq_length]
-            first = np.concatenate([first, np.full(seq_length - len(first), len(first))])
+            if len(first) < seq_length:
+                first = np.concatenate([first, np.full(seq_length - len(first), len(first))])
         return Sample(tokens, labels, mask, first)
 
     @property
@@ -174,7 +175,7 @@ def _overlapping(
     rows: np.ndarray, starts: np.ndarray, begin: int, end: int
 ) -> list[tuple[int, tuple[int, int, int]]]:
     """The pieces with positions in [begin, end), and where they begin in the sample."""
-    low = int(np.searchsorted(starts, begin, side="right")) - 1
-    high = int(np.searchsorted(starts, end, side="left"))
+    low = int(starts.searchsorted(begin, side="right")) - 1
+    high = int(starts.searchsorted(end, side="left"))
     found = zip(starts[low:high].tolist(), rows[low:high].tolist(), strict=True)
     return [(at, row) for at, row in found if row[2] and at + row[2] > begin]

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megatsp.data.mapped import map_file
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # 34 bytes
@@ -73,7 +75,7 @@ class Index:
             )
         self.dtype = np.dtype(DTYPE_OF_CODE[code])
         self.num_documents = num_indices - 1
-        content = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # quicker to index
+        content = map_file(path, np.uint8, found_bytes)
 
         def part(begin: int, dtype: str, count: int) -> np.ndarray:
             return content[begin : begin + count * np.dtype(dtype).itemsize].view(dtype)

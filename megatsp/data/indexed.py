@@ -23,6 +23,7 @@ import numpy as np
 
 from megatsp.data import token_files
 from megatsp.data.index_file import Index, token_code, write_index
+from megatsp.data.mapped import map_file
 from megatsp.data.token_files import Counts, PathOf, TokenFiles
 from megatsp.data.tokenizer import Tokenizer
 
@@ -161,8 +162,7 @@ class IndexedDocuments:
         return self._map(".roles", np.dtype(np.uint8))
 
     def _map(self, suffix: str, dtype: np.dtype) -> np.ndarray:
-        mapped = np.memmap(f"{self.prefix}{suffix}", dtype=dtype, mode="r", shape=(self.num_tokens,))
-        return mapped.view(np.ndarray)  # quicker to slice
+        return map_file(f"{self.prefix}{suffix}", dtype, self.num_tokens)
 
     def _slice(self, document: int, start: int, stop: int) -> slice:
         if not 0 <= document < self.num_documents:

@@ -118,9 +118,13 @@ def read_batch(blend: Blend, draws: Sequence[Draw], spans: Sequence[Span] | None
     """The samples of one micro-batch, at these positions or all; in this process."""
     samples = [blend.sample(draw, spans) for draw in draws]
     columns = zip(*(sample[:3] for sample in samples), strict=True)
-    tokens, labels, mask = (torch.from_numpy(np.stack(column)) for column in columns)
+    tokens, labels, mask = map(_stacked, columns)
     firsts = [sample.first for sample in samples if sample.first is not None]  # of all samples, or of none
-    return tokens, labels, mask, torch.from_numpy(np.stack(firsts)) if firsts else None
+    return tokens, labels, mask, _stacked(firsts) if firsts else None
+
+
+def _stacked(rows: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(rows[0][None] if len(rows) == 1 else np.stack(rows))
 
 
 def _prepare(worker: int) -> None:

@@ -4,7 +4,7 @@ A piece is a run of a document's tokens that are inputs; each has the token afte
 token of a document is a label alone and no label crosses a border. A document of n tokens has n - 1 inputs.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -74,11 +74,11 @@ def _greedy(chunks: Iterator[np.ndarray], seq_length: int) -> Iterator[tuple[np.
     pending = np.empty(0, PIECE)  # of the sample that is not full yet
     for chunk in chunks:
         pieces = np.concatenate([pending, chunk])
-        ends = np.cumsum(pieces["length"], dtype=np.int64)
+        ends = np.cumsum(pieces["length"], dtype=np.int64).tolist()
         starts, begin, filled = [0], 0, 0
-        while (stop := int(np.searchsorted(ends, filled + seq_length, side="right"))) < len(pieces):
+        while (stop := bisect_right(ends, filled + seq_length, lo=begin)) < len(pieces):
             starts.append(begin := stop)
-            filled = int(ends[begin - 1])
+            filled = ends[begin - 1]
         if begin:
             yield pieces[:begin], np.diff(starts)
         pending = pieces[begin:]
@@ -147,5 +147,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[Group]:
             put_back(room - each * length, taken[:-1])
             put_back(room - last * length, taken[-1:])
             waiting = waiting[len(taken) * each :]
-    arrays = [np.sort(np.array(group)) for group in groups]
-    return sorted(arrays, key=lambda group: int(group[0]))
+    for members in groups:
+        members.sort()
+    groups.sort()  # by their first pieces, which differ
+    return [np.array(members) for members in groups]

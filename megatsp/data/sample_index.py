@@ -24,6 +24,7 @@ from typing import IO, Any
 import numpy as np
 
 from megatsp.data.corpus import Corpus
+from megatsp.data.mapped import map_file
 from megatsp.data.packing import PIECE, cut, pack
 from megatsp.data.permutation import Permutation
 
@@ -93,7 +94,7 @@ class SampleIndex:
         path = self._folder / name
         if path.stat().st_size != count * dtype.itemsize:
             raise ValueError(f"the sample index {self._folder} is damaged: remove it, it is built again")
-        return np.memmap(path, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
+        return map_file(path, dtype, count)
 
 
 def open_index(

@@ -4,7 +4,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from megatsp.data.permutation import Permutation
+from megatsp.data.permutation import FEW, Permutation
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 10, 97, 100, 101, 1024, 12345])
@@ -19,6 +19,19 @@ def test_any_part_can_be_asked_for():
     assert permutation(np.arange(300, 307)).tolist() == whole[300:307].tolist()
     assert permutation(np.array([[5], [999]])).tolist() == [[whole[5]], [whole[999]]]
     assert permutation(np.empty(0, np.int64)).shape == (0,)
+
+
+@pytest.mark.parametrize("count", [1, 2, 13, 1000, 12345, 10**9, 2**62 - 1])
+def test_few_indices_are_sent_as_many_are(count):
+    permutation = Permutation(count, 7, "b")
+    indices = np.unique(np.linspace(0, count - 1, 40).astype(np.int64).clip(0, count - 1))
+    many = permutation(np.concatenate([indices, indices[:1].repeat(FEW)]))
+    for size in range(1, FEW + 1):
+        few = [permutation(indices[i : i + size]) for i in range(0, len(indices), size)]
+        assert np.concatenate(few).tolist() == many[: len(indices)].tolist()
+    assert permutation(indices[0]).shape == () and permutation(indices[0]) == many[0]
+    with pytest.raises(AssertionError):
+        permutation(np.array([count]))
 
 
 def test_a_long_range_needs_no_memory_for_it():

@@ -1,0 +1,1 @@
+"""The parts of scripts/bench/data.py: a measurement a file."""
