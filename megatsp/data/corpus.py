@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatsp.data.indexed import IndexedDocuments
+from megatsp.data.indexed import SUFFIXES, IndexedDocuments
 from megatsp.data.tokenizer import Tokenizer
 
 
@@ -15,7 +15,7 @@ class Corpus:
     """The documents of a source, numbered through. Opening reads no document and no list of them.
 
     Args:
-        source: a prefix, or a folder whose .idx files are taken in the order of their names.
+        source: a prefix, or a folder whose pairs are taken in the order of their names.
 
     Attributes:
         shards: its IndexedDocuments.
@@ -28,9 +28,10 @@ class Corpus:
     def __init__(self, source: str) -> None:
         self.source = source
         folder = Path(source)
-        prefixes = (
-            sorted(str(p.with_suffix("")) for p in folder.glob("*.idx")) if folder.is_dir() else [source]
-        )
+        prefixes = [source]
+        if folder.is_dir():  # any file of a shard: one that is not whole is refused, not left out
+            files = [file for suffix in SUFFIXES[:-1] for file in folder.glob(f"*{suffix}")]
+            prefixes = sorted({str(file.with_suffix("")) for file in files})
         if not prefixes:
             raise ValueError(
                 f"no data in {source}: the folder holds no .idx file; give a prefix or another folder"

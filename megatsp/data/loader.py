@@ -3,6 +3,7 @@
 A rank asks for its own positions of its own samples; the processes that read share nothing but the files.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -87,6 +88,7 @@ class Loader:
     def close(self) -> None:
         """Ends the processes that read."""
         self._iterator = None
+        gc.collect()  # now, while the queues' semaphores can still be given back
 
 
 class _Order:

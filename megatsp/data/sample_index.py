@@ -31,6 +31,7 @@ from megatsp.data.permutation import Permutation
 VERSION = 1
 CHUNK = 1 << 16  # documents that are looked at together while building
 PATIENCE_S = 5.0  # a longer wait is said
+STALE_S = 24 * 3600.0  # no build takes so long
 CONCAT = np.dtype([("position", "<i8"), ("offset", "<i8")])  # of a sample's first token, in the order
 
 
@@ -120,7 +121,7 @@ def open_index(
         "long_documents": "" if packing == "concat" else long_documents,
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
-    folders = _folders(corpus, cache)
+    folders = _Folders(corpus, cache)
     for folder in folders:
         if _is_whole(folder / key, description):
             return SampleIndex(folder / key)
@@ -154,12 +155,18 @@ def open_index(
     )
 
 
-def _folders(corpus: Corpus, cache: str) -> list[Path]:
-    """Where an index may be, best first."""
-    if cache:
-        return [Path(cache)]
-    beside = Path(corpus.shards[0].prefix).parent / ".sample_index"
-    return [beside, _own_folder() / "sample_index"]
+class _Folders:
+    """Where an index may be, best first; what is temporary is not asked for while another has it."""
+
+    def __init__(self, corpus: Corpus, cache: str) -> None:
+        self._corpus, self._cache = corpus, cache
+
+    def __iter__(self) -> Iterator[Path]:
+        if self._cache:
+            yield Path(self._cache)
+        else:
+            yield Path(self._corpus.shards[0].prefix).parent / ".sample_index"
+            yield _own_folder() / "sample_index"
 
 
 def _own_folder() -> Path:
@@ -183,8 +190,8 @@ def _is_whole(folder: Path, description: dict[str, Any]) -> bool:
 
 @contextmanager
 def _lock(key: str, source: str) -> Iterator[None]:
-    """One process of this machine at a time; the lock goes with its process."""
-    with open(_own_folder() / f"{key}.lock", "a") as file:
+    """One process of this machine at a time; the lock goes with its process. Few files serve all keys."""
+    with open(_own_folder() / f"index-{key[:1]}.lock", "a") as file:
         since, said = time.monotonic(), False
         while True:
             try:
@@ -201,6 +208,9 @@ def _lock(key: str, source: str) -> Iterator[None]:
 def _write(folder: Path, key: str, build: Callable[[Path], None], source: str) -> None:
     """Builds in a folder beside and renames it; another node may have been first."""
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.tmp"):  # of a process that was killed; younger ones may be another node's
+        if time.time() - stale.stat().st_mtime > STALE_S:
+            shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".tmp", dir=folder))
     since = time.monotonic()
     try:

@@ -52,7 +52,9 @@ def load_splits(config: Config, tokenizer: Tokenizer) -> Splits:
         weights, paths = read_sources(own or data.path)
         parts = []
         for path in paths:
-            corpus = corpora.setdefault(path, Corpus(path))
+            if path not in corpora:
+                corpora[path] = Corpus(path)
+            corpus = corpora[path]
             corpus.check(tokenizer, config.model.vocab_size)
             begin, end = (0, corpus.num_documents) if own else _range(corpus, name, held_out)
             parts.append(_samples(config, corpus, begin, end, tokenizer))

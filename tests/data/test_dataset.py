@@ -247,6 +247,15 @@ def test_a_folder_without_data(tmp_path):
         Corpus(str(tmp_path))
 
 
+@pytest.mark.parametrize("missing", [".idx", ".bin"])
+def test_a_shard_that_is_not_whole_is_not_left_out(tmp_path, missing):
+    write(tmp_path / "a", [5])
+    write(tmp_path / "b", [5])
+    (tmp_path / f"b{missing}").unlink()
+    with pytest.raises(ValueError, match=rf"no data at .*/b: .*/b\{missing} is missing"):
+        Corpus(str(tmp_path))
+
+
 def test_shards_with_and_without_roles(tmp_path):
     write(tmp_path / "a", [5])
     write(tmp_path / "b", [5], roles=True)

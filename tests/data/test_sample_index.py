@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -107,6 +108,28 @@ def test_a_read_only_data_folder(prefix, temporary, monkeypatch):
     assert len(found) == 2
     assert tokens(prefix) == first
     assert indices(temporary / f"megatsp-{os.getuid()}" / "sample_index") == found
+
+
+def test_what_lies_beside_the_data_needs_no_temporary_folder(prefix, temporary):
+    first = tokens(prefix)
+    shutil.rmtree(temporary)
+    temporary.mkdir()
+    (temporary / f"megatsp-{os.getuid()}").mkdir()
+    (temporary / f"megatsp-{os.getuid()}").chmod(0o777)
+    assert tokens(prefix) == first
+    with pytest.raises(ValueError, match="belongs to another user or can be written to by others"):
+        tokens(prefix, seq_length=17)
+
+
+def test_what_killed_builds_left_is_swept_a_day_later(prefix):
+    folder = prefix.parent / ".sample_index"
+    old, young = folder / "0.old.tmp", folder / "0.young.tmp"
+    for left in (old, young):
+        left.mkdir(parents=True)
+        (left / "concat").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    tokens(prefix)
+    assert young.exists() and not old.exists()
 
 
 def test_no_folder_to_write_to(prefix, tmp_path):
