@@ -12,8 +12,8 @@ SECTIONS = ("whole", "contest", "loader", "training", "open", "index")  # in the
 INTRODUCTION = """\
 # The data pipeline: preprocessing, reading, opening
 
-**Measured** by `python scripts/bench/data.py`, part by part; under each table stands where and when. Cores were
-shared with other programs, so compare rows of one table, not tables. [As a picture](data.png).
+**Measured** by `python scripts/bench/data.py`, part by part; under each table stands where and when. Cores
+were shared with other programs, so compare rows of one table, not tables. [As a picture](data.png).
 """
 
 
