@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +68,8 @@ def building(folder: Path, million_documents: float, packings: Sequence[str]) ->
 
 
 def _alone(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+    with multiprocessing.get_context("fork").Pool(1) as pool:  # what is imported already need not be again
+        return pool.apply(function, arguments)
 
 
 def _open(paths: list[str], packing: str, cache: str) -> dict[str, float]:

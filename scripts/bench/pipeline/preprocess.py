@@ -154,6 +154,8 @@ def _run(
 
 
 def _described(job: Job) -> dict[str, Any]:
+    for run in (*job.runs, job.start):
+        run.output = ""
     return {**asdict(job), "cpu_rates": job.cpu_rates, "wall_rates": job.wall_rates}
 
 

@@ -12,8 +12,8 @@ SECTIONS = ("whole", "contest", "loader", "training", "open", "index")  # in the
 INTRODUCTION = """\
 # The data pipeline: preprocessing, reading, opening
 
-**Measured** by `python scripts/bench/data.py all`; under each table stands where and when. The machine's
-cores were shared with other programs, so compare rows of one table, not tables.
+**Measured** by `python scripts/bench/data.py`, part by part; under each table stands where and when. Cores
+were shared with other programs, so compare rows of one table, not tables. [As a picture](data.png).
 """
 
 
@@ -110,6 +110,7 @@ Millions of tokens a second from one rank's `Loader`, the page cache warm, by `d
 three windows. Random ids, documents of log-normal length (median 400 tokens); 16,384 tokens a micro-batch,
 or one sample. share 1/8: the rank reads its zigzag positions alone, and whole samples are counted: what
 eight ranks train on together. Packings other than concat also say where each position's document begins.
+A worker hands its batches over to the rank: it reads while the rank computes, which this loop does not.
 
 {align(titles, lines)}
 """
@@ -228,6 +229,7 @@ def plot(sections: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         left.set_yticks(range(len(bars)), [*bars], fontsize=7)
         left.invert_yaxis()
         left.set(xscale="log", xlabel="MB/s a core", title="preprocessing, by tokenizer and workers")
+        left.set_xlim(left=0.5)
     if "loader" in sections:
         results = [r for r in sections["loader"]["results"] if r["workers"] == 1]
         names = [f"{r['packing']}, T {r['length']:,}, {r['sources']} src, 1/{r['share']}" for r in results]
@@ -239,9 +241,7 @@ def plot(sections: Mapping[str, Mapping[str, Any]], file: Path) -> None:
             names.append(f"training {result['model']}, 2 ranks")
         right.set_yticks(range(len(names)), names, fontsize=7)
         right.invert_yaxis()
-        right.set(
-            xscale="log", xlabel="tokens/s", title="one rank's loader, 1 worker; what training consumes"
-        )
+        right.set(xscale="log", xlabel="tokens/s", title="one rank's loader (blue), training (red)")
     for axes in (left, right):
         axes.grid(alpha=0.3, axis="x", which="both")
     figure.savefig(file, dpi=120)
