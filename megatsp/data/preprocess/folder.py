@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 JOB, LOCK = "job.json", "lock"
+MARK = re.compile(r"\d{6}\.json")
 OURS = re.compile(r"\d{6}(_.*)?\.(bin|sizes|inputs|roles|json)(\.\d+)?(\.tmp)?|job\.json(\.tmp)?|lock")
 
 
@@ -66,15 +67,15 @@ class PartsFolder:
                 "--output-prefix"
             )
         self.sweep()
-        before = {} if self._force else self._read_job()
+        before = self._read_job()
         different = [key for key in self._job if before.get(key) != self._job[key]]
-        if before and different:
+        if before and different and not self._force and self._has_finished():
             shown = ", ".join(key.replace("_", "-") for key in different)
             raise ValueError(
                 f"{self.path} holds finished partitions of another job, with other {shown}: give the same "
                 "inputs and options to go on with it, or --force to start over"
             )
-        if not before:
+        if different:
             for name in os.listdir(self.path):
                 if name != LOCK:
                     os.unlink(f"{self.path}/{name}")
@@ -83,6 +84,10 @@ class PartsFolder:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(f"{self.path}/{JOB}.tmp", f"{self.path}/{JOB}")
+
+    def _has_finished(self) -> bool:
+        """Whether a partition is finished: otherwise there is nothing to lose."""
+        return any(MARK.fullmatch(name) for name in os.listdir(self.path))
 
     def _read_job(self) -> dict[str, str]:
         try:

@@ -22,10 +22,16 @@ class InputFile:
     bytes: int
     mtime_ns: int
 
-    @property
-    def compressed(self) -> bool:
-        """Whether it can only be read from its beginning."""
-        return self.path.endswith(COMPRESSED)
+    def check(self) -> None:
+        """Checks that the file is still what it was.
+
+        Raises:
+            ValueError: it has changed, or is gone.
+        """
+        if _file(self.path, self.kind) != self:
+            raise ValueError(
+                f"{self.path} changed while it was read: wait until it is whole, and begin again"
+            )
 
 
 def find(inputs: Sequence[str], input_type: str = "auto") -> list[InputFile]:
@@ -37,7 +43,21 @@ def find(inputs: Sequence[str], input_type: str = "auto") -> list[InputFile]:
     Raises:
         ValueError: nothing there, no file of the type, or a folder with data files and others.
     """
-    return [file for given in inputs for file in _found(given, input_type)]
+    files = [file for given in inputs for file in _found(given, input_type)]
+    seen: dict[tuple[int, int], str] = {}
+    for file in files:
+        status = os.stat(file.path)
+        other = seen.setdefault((status.st_dev, status.st_ino), file.path)
+        if other is not file.path:
+            raise ValueError(
+                f"--input names a file twice: {other} and {file.path}; its documents would be doubled"
+            )
+    return files
+
+
+def compression(path: str) -> str:
+    """The suffix that says how a file is compressed, and so only read from its beginning; "" if it is not."""
+    return next((suffix for suffix in COMPRESSED if path.lower().endswith(suffix)), "")
 
 
 def kind_of(path: str) -> str:
@@ -81,17 +101,24 @@ def _in_folder(folder: str, input_type: str) -> list[InputFile]:
     return files
 
 
-def _walk(folder: str) -> Iterator[str]:
-    """Its files, recursively, each folder's entries in order of their names."""
+def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Its files, recursively, each folder's entries in order of their names.
+
+    above: the folders that it lies in; a link back to one of them is not followed.
+    """
     try:
+        status = os.stat(folder)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise ValueError(f"--input: cannot read the folder {folder}: {error.strerror}") from None
+    own = status.st_dev, status.st_ino
+    if own in above:
+        return
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            yield from _walk(entry.path)
+        if os.path.isdir(entry.path):
+            yield from _walk(entry.path, (*above, own))
         else:
             yield entry.path
 

@@ -84,7 +84,10 @@ def path_of(folder: str, index: int, output: str) -> PathOf:
 
 
 def read_part(setup: Setup, index: int, vocab_size: int) -> Part | None:
-    """What is known of a finished partition; None if it is not finished or its files are not whole."""
+    """What is known of a finished partition; None if it is not finished or its files are not whole.
+
+    One that left records out is finished only where these are skipped.
+    """
     itemsize = np.dtype(DTYPE_OF_CODE[token_code(vocab_size)]).itemsize
     try:
         content = json.loads(Path(_mark(setup, index)).read_bytes())
@@ -96,7 +99,8 @@ def read_part(setup: Setup, index: int, vocab_size: int) -> Part | None:
             path = path_of(setup.folder, index, output)
             if any(os.path.getsize(path(suffix)) != size for suffix, size in expected.items()):
                 return None
-        return Part(**content)
+        part = Part(**content)
+        return part if setup.skip or not part.rejects else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

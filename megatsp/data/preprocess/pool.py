@@ -144,7 +144,7 @@ class Pool:
 
 def _how_it_ended(status: int) -> str:
     if status == -signal.SIGKILL:
-        return "was killed: look for the out-of-memory killer in dmesg, and lower --workers"
+        return "was killed, by hand or for want of memory (see dmesg; lower --workers)"
     if status < 0:
         return f"crashed ({signal.Signals(-status).name})"
     return f"ended with status {status}"

@@ -3,9 +3,11 @@
 import glob
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from megatsp.data.token_files import Counts
 from megatsp.data.tokenizer import Tokenizer, from_megatron, load_tokenizer
 
 TICK_S = 0.5
+TERMINATED = 128 + signal.SIGTERM  # the exit status
 
 
 def preprocess(options: Options) -> int:
@@ -58,9 +61,13 @@ def preprocess(options: Options) -> int:
         dataset=dataset,
     )
     started = time.perf_counter()
-    with PartsFolder(parts_path, job, options.force) as folder:
+    with _opened(PartsFolder(parts_path, job, options.force)) as folder:
         try:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # as Slurm ends a job
             parts = _make_parts(options, setup, tokenizer, cut)
+            for file in inputs:
+                if isinstance(file, InputFile):
+                    file.check()
             infos = _merge(options, setup, tokenizer, source, parts, time.perf_counter() - started)
         except WorkerDied as error:
             pieces = f" ({_range(cut[error.index])})" if error.index >= 0 and cut[error.index] else ""
@@ -69,18 +76,32 @@ def preprocess(options: Options) -> int:
                 f"megatsp: error: the worker{where} {error}; {_kept(setup, tokenizer, cut)}", file=sys.stderr
             )
             return 1
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             print(f"\nmegatsp: interrupted; {_kept(setup, tokenizer, cut)}", file=sys.stderr)
             raise
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
             raise ValueError(f"{what}; {_kept(setup, tokenizer, cut)}") from None
         finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             folder.sweep()
         if not options.keep_partitions:
             folder.remove()
     summary.show(options, spec, infos, parts, time.perf_counter() - started)
     return 0
+
+
+@contextmanager
+def _opened(folder: PartsFolder) -> Iterator[PartsFolder]:
+    """The folder of partitions; raises ValueError where it cannot be made."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(folder)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to {folder.path}: {error.strerror}; give another --output-prefix"
+            ) from None
+        yield folder
 
 
 def _tokenizer(options: Options) -> tuple[str, Tokenizer]:
@@ -108,7 +129,7 @@ def _inputs(options: Options) -> tuple[list[InputFile | Rows], Any]:
 def _job(
     options: Options, tokenizer: Tokenizer, inputs: Sequence[InputFile | Rows], cut: Sequence[Sequence[Piece]]
 ) -> dict[str, str]:
-    names = ("json_keys", "format", "chat_template", "append_eod", "on_error", "max_document_bytes")
+    names = ("json_keys", "format", "chat_template", "append_eod", "max_document_bytes")
     values = {name: getattr(options, name) for name in names}
     return plan.description(inputs, {"tokenizer": tokenizer.fingerprint, **values}, cut)
 
@@ -126,8 +147,11 @@ def _is_there(options: Options, source: str, begun: bool) -> bool:
     found = []
     for prefix in options.outputs.values():
         if os.path.exists(f"{prefix}.json"):
-            if read_info(prefix).source != source:
+            info = read_info(prefix)
+            if info.source != source:
                 raise ValueError(f"{prefix} holds data of other inputs or options; {advice}")
+            if info.rejects and options.on_error == "fail":
+                raise ValueError(f"{prefix} was written with --on-error skip, and left records out; {advice}")
             try:
                 IndexedDocuments(prefix)
             except ValueError as error:

@@ -7,13 +7,14 @@ the content is a dict, a text for text files, or a Bad. It holds a record or a b
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from megatsp.data.preprocess.inputs import DATASET, JSONL, PARQUET, TEXT, find
+from megatsp.data.preprocess.inputs import DATASET, JSONL, PARQUET, TEXT, compression, find
 from megatsp.nearest import did_you_mean
 
 BATCH_BYTES = 1 << 20
@@ -124,7 +125,7 @@ def texts_of(
 
 def place(piece: Piece, number: int) -> str:
     """Where a record is, for a message. Of a JSONL piece this counts the lines before it."""
-    if piece.kind == TEXT:
+    if piece.kind == TEXT or not number:
         return piece.path
     if piece.kind != JSONL:
         return f"{piece.path} row {number}"
@@ -181,10 +182,13 @@ def num_row_groups(path: str) -> int:
 def open_input(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """A file to read, decompressed by its suffix, and the file below whose position tells the progress."""
     with open(path, "rb", buffering=0) as raw:
-        if path.endswith(".gz"):
+        suffix = compression(path)
+        if suffix and not os.fstat(raw.fileno()).st_size:  # as a download that failed leaves it
+            raise EOFError("the file is empty")
+        if suffix == ".gz":
             with gzip.GzipFile(fileobj=raw, mode="rb") as file:
                 yield cast(BinaryIO, file), raw
-        elif path.endswith(".zst"):
+        elif suffix == ".zst":
             yield io.BufferedReader(_ZstdFile(raw), 1 << 17), raw
         else:
             yield io.BufferedReader(raw, 1 << 17), raw
@@ -192,7 +196,7 @@ def open_input(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 def _jsonl(piece: Piece, max_document_bytes: int, position: Position) -> Iterator[Record]:
     longest = 6 * max_document_bytes + BATCH_BYTES  # \u0000 for each byte, and the other keys
-    compressed = piece.path.endswith((".gz", ".zst"))
+    compressed = bool(compression(piece.path))
     with open_input(piece.path) as (file, raw):
         at = piece.begin
         if at:  # the line that holds the byte before belongs to the piece before, unless it ends there
@@ -202,6 +206,11 @@ def _jsonl(piece: Piece, max_document_bytes: int, position: Position) -> Iterato
         while compressed or at < piece.end:
             line = file.readline(longest)
             if not line:
+                if not compressed:
+                    raise ValueError(
+                        f"{piece.path} ended at byte {at} of {piece.end}: it changed while it was read; wait "
+                        "until it is whole, and begin again"
+                    )
                 break
             number += 1
             at += len(line)
@@ -224,6 +233,8 @@ def _jsonl(piece: Piece, max_document_bytes: int, position: Position) -> Iterato
 
 
 def _parsed(line: bytes) -> dict[str, Any] | Bad:
+    if line.strip() == b"[":
+        return Bad("no JSON object", "a JSON array; what is read is one object a line")
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -243,8 +254,10 @@ def _text(piece: Piece, max_document_bytes: int) -> Iterator[Record]:
             if len(content) > max_document_bytes:
                 break
     if len(content) > max_document_bytes:
-        yield 1, too_long(piece.bytes, max_document_bytes)
+        size = "" if compression(piece.path) else f"{piece.bytes} bytes"
+        yield 1, Bad(f"longer than --max-document-bytes {max_document_bytes}", size)
         return
+    content = content.removeprefix(b"\xef\xbb\xbf")
     try:
         yield 1, content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -252,6 +265,8 @@ def _text(piece: Piece, max_document_bytes: int) -> Iterator[Record]:
 
 
 def _parquet(piece: Piece, keys: Sequence[str], need_all: bool, position: Position) -> Iterator[Record]:
+    import pyarrow
+
     with _parquet_file(piece.path) as file:
         columns = _columns(file.schema_arrow.names, keys, need_all)
         if isinstance(columns, Bad):
@@ -268,12 +283,24 @@ def _parquet(piece: Piece, keys: Sequence[str], need_all: bool, position: Positi
                 columns=columns,
                 use_threads=False,
             )
-            for batch in batches:
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
-                share = (index - piece.begin + (number - begin) / max(rows, 1)) / (piece.end - piece.begin)
-                position.bytes = int(piece.bytes * share)
+            try:
+                for batch in batches:
+                    for record in _rows(batch):
+                        number += 1
+                        yield number, record
+                    share = (index - piece.begin + (number - begin) / max(rows, 1)) / (
+                        piece.end - piece.begin
+                    )
+                    position.bytes = int(piece.bytes * share)
+            except (
+                OSError,
+                pyarrow.ArrowException,
+            ) as error:  # the group's other rows; other groups can be whole
+                yield (
+                    number + 1,
+                    Bad("unreadable rows", f"rows {number + 1} to {begin + rows}: {_said(error)}"),
+                )
+                number = begin + rows
 
 
 def _dataset(
@@ -283,14 +310,26 @@ def _dataset(
     if isinstance(columns, Bad):
         yield 0, columns
         return
-    selected = dataset.select_columns(columns).with_format(None)
+    selected = dataset.select_columns(columns).with_format("arrow")
     step = _batch_rows(piece.bytes, piece.end - piece.begin)
     for begin in range(piece.begin, piece.end, step):
         end = min(begin + step, piece.end)
-        batch = selected[begin:end]
-        for row in range(end - begin):
-            yield begin + row + 1, {column: batch[column][row] for column in columns}
+        yield from enumerate(_rows(selected[begin:end]), begin + 1)
         position.bytes = piece.bytes * (end - piece.begin) // (piece.end - piece.begin)
+
+
+def _rows(table: Any) -> Iterator[dict[str, Any] | Bad]:
+    """The rows of a pyarrow table or batch; one by one if some are no UTF-8, so that these alone are bad."""
+    try:
+        yield from table.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for row in range(table.num_rows):
+        try:
+            yield table.slice(row, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield Bad("bad UTF-8", f"byte 0x{error.object[error.start]:02X} at byte {error.start}")
 
 
 def _batch_rows(num_bytes: int, rows: int) -> int:
@@ -370,9 +409,12 @@ class _ZstdFile(io.RawIOBase):
         import zstandard
 
         self._raw, self._library = raw, zstandard
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame = self._decompressor().decompressobj()
         self._input, self._output = b"", memoryview(b"")
         self._begun = False  # whether the frame at hand has begun: a file ends between frames
+
+    def _decompressor(self) -> Any:
+        return self._library.ZstdDecompressor(max_window_size=1 << 31)  # of zstd --long=31 too
 
     def readable(self) -> bool:
         return True
@@ -393,7 +435,7 @@ class _ZstdFile(io.RawIOBase):
             self._input = b""
             if self._frame.eof:
                 self._input, self._begun = self._frame.unused_data, False
-                self._frame = self._library.ZstdDecompressor().decompressobj()
+                self._frame = self._decompressor().decompressobj()
         count = min(len(buffer), len(self._output))
         buffer[:count], self._output = self._output[:count], self._output[count:]
         return count

@@ -20,14 +20,13 @@ def found(folder: Path, *inputs: str, input_type: str = "auto") -> list[tuple[st
 
 def test_kinds_and_order(tmp_path: Path) -> None:
     make(tmp_path, "b.jsonl", "a.JSON.gz", "c.ndjson.zst", "x/2.txt", "x/1/9.py", "x/.git/no", "d.parquet")
-    assert found(tmp_path, "x", "*.*", "b.jsonl") == [
+    assert found(tmp_path, "x", "*.*") == [
         ("x/1/9.py", "text"),
         ("x/2.txt", "text"),
         ("a.JSON.gz", "jsonl"),
         ("b.jsonl", "jsonl"),
         ("c.ndjson.zst", "jsonl"),
         ("d.parquet", "parquet"),
-        ("b.jsonl", "jsonl"),
     ]
     assert found(tmp_path, "b.jsonl", input_type="text") == [("b.jsonl", "text")]
 
@@ -38,6 +37,24 @@ def test_a_folder_of_data_files_and_others_is_ambiguous(tmp_path: Path) -> None:
         found(tmp_path, "f")
     assert found(tmp_path, "f", input_type="jsonl") == [("f/a.jsonl", "jsonl"), ("f/b2.jsonl.gz", "jsonl")]
     assert [kind for _, kind in found(tmp_path, "f", input_type="text")] == ["text"] * 4
+
+
+@pytest.mark.parametrize("inputs", [("b.jsonl", "*.jsonl"), ("f", "f/a.txt"), ("b.jsonl", "link.jsonl")])
+def test_a_file_is_not_read_twice(tmp_path: Path, inputs: tuple[str, ...]) -> None:
+    make(tmp_path, "b.jsonl", "f/a.txt")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "b.jsonl")
+    with pytest.raises(ValueError, match="names a file twice: .*; its documents would be doubled"):
+        found(tmp_path, *inputs)
+
+
+def test_a_link_back_is_not_followed(tmp_path: Path) -> None:
+    make(tmp_path, "f/a.txt", "f/g/b.txt")
+    (tmp_path / "f" / "g" / "loop").symlink_to(tmp_path / "f")
+    (tmp_path / "f" / "self").symlink_to(tmp_path / "f" / "self")
+    with pytest.raises(ValueError, match="cannot read .*self: Too many levels"):
+        found(tmp_path, "f")
+    (tmp_path / "f" / "self").unlink()
+    assert [path for path, _ in found(tmp_path, "f")] == ["f/a.txt", "f/g/b.txt"]
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

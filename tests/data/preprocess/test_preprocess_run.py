@@ -124,11 +124,61 @@ def test_a_failing_partition_ends_the_job_and_the_others_are_kept(
     assert names == {"in.jsonl", "out.parts"}
     kept = {path.name for path in (tmp_path / "out.parts").iterdir()}
     assert {"000000.json", "000000_text.bin", "job.json"} <= kept and not any(".tmp" in name for name in kept)
-    # Another policy is another job: what was finished might have been otherwise.
-    assert cli.main([*given, "--partitions", "8", "--on-error", "skip"]) == 2
-    assert "another job, with other on-error" in capfd.readouterr().err
-    assert cli.main([*given, "--partitions", "8", "--on-error", "skip", "--force"]) == 0
+    # Another policy goes on with what was finished: nothing was left out of that.
+    assert cli.main([*given, "--partitions", "8", "--on-error", "skip", "--keep-partitions"]) == 0
+    assert "going on: " in capfd.readouterr().err
     assert documents(tmp_path / "out") == TEXTS * 2
+    # But what leaves records out is not what fail makes.
+    assert cli.main([*given, "--partitions", "8"]) == 2
+    assert "was written with --on-error skip, and left records out" in capfd.readouterr().err
+    assert cli.main([*given, "--partitions", "8", "--force"]) == 2
+    assert f"{path} line 61: broken JSON" in capfd.readouterr().err
+
+
+def test_a_job_of_which_nothing_is_finished_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(json_lines())
+    with pytest.raises(ValueError, match="missing key titel"):
+        preprocess(tmp_path / "out", "--input", tmp_path / "in.jsonl", "--json-keys", "titel")
+    preprocess(tmp_path / "out", "--input", tmp_path / "in.jsonl")
+    assert documents(tmp_path / "out") == TEXTS
+
+
+def test_force_goes_on_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_bytes(json_lines())
+    preprocess(tmp_path / "out", "--input", tmp_path / "in.jsonl", "--partitions", 4)
+    (tmp_path / "in.jsonl").write_bytes(json_lines() + b"broken\n")
+    given = ["preprocess", "--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "out")]
+    given += ["--tokenizer", "byte", "--partitions", "4", "--force"]
+    assert cli.main(given) == 2
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.parts").glob("[0-9]*.json")}
+    assert kept
+    assert cli.main([*given, "--on-error", "skip", "--keep-partitions"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert documents(tmp_path / "out") == TEXTS
+
+
+def test_an_input_that_grows_is_not_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(json_lines())
+    make_parts = run._make_parts
+
+    def grow(*arguments: Any) -> Any:
+        parts = make_parts(*arguments)
+        with path.open("ab") as file:
+            file.write(json_lines())
+        return parts
+
+    monkeypatch.setattr(run, "_make_parts", grow)
+    with pytest.raises(ValueError, match=r"in\.jsonl changed while it was read"):
+        preprocess(tmp_path / "out", "--input", path)
+    assert not list(tmp_path.glob("out_*"))
+
+
+@pytest.mark.parametrize("prefix", ["/proc/none/x", "{folder}/in.jsonl/x"])
+def test_where_nothing_can_be_written(tmp_path: Path, prefix: str) -> None:
+    (tmp_path / "in.jsonl").write_bytes(json_lines())
+    with pytest.raises(ValueError, match="cannot write to .*; give another --output-prefix"):
+        preprocess(prefix.format(folder=tmp_path), "--input", tmp_path / "in.jsonl")
 
 
 @pytest.mark.usefixtures("inline")
@@ -307,12 +357,13 @@ def test_going_on_after_kill_9(slow: Path, expected: dict[str, bytes], tmp_path:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c(slow: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c(slow: Path, expected: dict[str, bytes], tmp_path: Path, number: int, status: int) -> None:
     prefix = tmp_path / "out"
     process = start(slow, prefix)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert re.search(
         r"interrupted; \d+ of 12 partitions are finished and kept in .*; the same command goes on", err
     )
@@ -330,7 +381,9 @@ def test_a_worker_that_is_killed(slow: Path, tmp_path: Path) -> None:
     os.kill(workers[0], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.search(r"the worker of partition \d+ of 12 \(.*in\.jsonl\) was killed: .*out-of-memory", err)
+    assert re.search(
+        r"the worker of partition \d+ of 12 \(.*in\.jsonl\) was killed, by hand or for want of memory", err
+    )
     assert "Traceback" not in err and not workers_of(prefix)
     assert not list(tmp_path.glob("out_text_document*"))
 

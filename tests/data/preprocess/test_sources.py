@@ -4,9 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
 import zstandard
 from preprocess_jobs import TEXTS, json_lines, write_inputs, write_parquet
+from pyarrow import parquet
 
 from megatsp.data.preprocess import sources
 from megatsp.data.preprocess.inputs import kind_of
@@ -120,13 +123,53 @@ def test_damaged_compressed_files(kind: str, damage: str, tmp_path: Path) -> Non
     elif damage == "corrupt":  # what is decompressed may be broken before the file is known to be
         assert "unreadable file" in last or "broken JSON" in last or "bad UTF-8" in last
     else:
-        assert last.startswith(f"{path} line 0: unreadable file")
+        assert last.startswith(f"{path}: unreadable file")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_an_empty_compressed_file_is_truncated(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.touch()
+    assert messages(piece_of(path)) == [f"{path}: truncated file: the compressed data ends after it"]
+
+
+def test_suffixes_in_capitals_are_suffixes(tmp_path: Path) -> None:
+    path = tmp_path / "A.JSONL.GZ"
+    path.write_bytes(gzip.compress(json_lines(["a", "b"])))
+    assert [texts for _, texts in read(piece_of(path))] == [["a"], ["b"]]
+
+
+def test_long_windows_of_zstd(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path.write_bytes(frame.compress(json_lines(["a"])) + frame.flush())
+    assert [texts for _, texts in read(piece_of(path))] == [["a"]]
+
+
+def test_a_file_that_became_shorter_ends_the_job(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines(["a", "b", "c"]))
+    piece = piece_of(path)
+    path.write_bytes(json_lines(["a", "b"]))
+    with pytest.raises(ValueError, match="ended at byte .* of .*: it changed while it was read"):
+        read(piece)
+
+
+def test_a_json_array_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[\n {"text": "a"}\n]\n')
+    assert messages(piece_of(path))[0] == (
+        f"{path} line 1: no JSON object: a JSON array; what is read is one object a line"
+    )
 
 
 def test_text_files(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("a\r\né".encode())
     assert read(piece_of(path)) == [(1, ["a\r\né"])]
+    path.write_bytes(b"\xef\xbb\xbfmarked")
+    assert read(piece_of(path)) == [(1, ["marked"])]
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"zipped"))
     assert read(piece_of(tmp_path / "a.txt.gz")) == [(1, ["zipped"])]
     for content, said in [
@@ -142,12 +185,53 @@ def test_text_files(tmp_path: Path) -> None:
     ]
 
 
+def bad_utf8_table() -> Any:
+    """Five rows, the third of which is no UTF-8."""
+    values = [b"a", "é".encode(), b"b\xffc", b"d", b"e"]
+    return pyarrow.table({"text": pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())})
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_bad_utf8_in_tables_is_that_rows(kind: str, tmp_path: Path) -> None:
+    path, dataset = tmp_path / "a.parquet", None
+    if kind == "parquet":
+        parquet.write_table(bad_utf8_table(), path)
+        piece = piece_of(path)
+    else:
+        dataset = datasets.Dataset(bad_utf8_table())
+        piece = Piece("dataset", "set", 0, 5, 100)
+    found = list(records(piece, ["text"], LIMIT, Position(), dataset))
+    assert [number for number, _ in found] == [1, 2, 3, 4, 5]
+    assert [content["text"] for _, content in found if isinstance(content, dict)] == ["a", "é", "d", "e"]
+    assert found[2][1] == Bad("bad UTF-8", "byte 0xFF at byte 1")
+
+
+@pytest.mark.parametrize("ends", [(7,), (1, 7), (3, 4, 7), (1, 2, 3, 4, 5, 6, 7)])
+def test_a_damaged_row_group_costs_its_own_rows_however_the_file_is_cut(
+    ends: tuple[int, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"{i} {os.urandom(40).hex()}" for i in range(70)]
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=10, compression="zstd")
+    column = parquet.ParquetFile(path).metadata.row_group(3).column(0)
+    content = bytearray(path.read_bytes())
+    begin = column.dictionary_page_offset or column.data_page_offset
+    content[begin : begin + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(content)
+    found, begin = [], 0
+    for end in ends:
+        found += records(Piece("parquet", str(path), begin, end, 10), ["text"], LIMIT, Position())
+        begin = end
+    good = [(number, content["text"]) for number, content in found if isinstance(content, dict)]
+    assert good == [(i + 1, text) for i, text in enumerate(texts) if not 30 <= i < 40]
+    (bad,) = [content for _, content in found if isinstance(content, Bad)]
+    assert bad.reason == "unreadable rows" and bad.detail.startswith("rows 31 to 40: ")
+
+
 def test_bad_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, {"txt": ["a"], "id": [1]})
-    assert messages(piece_of(path)) == [
-        f"{path} row 0: no column text: its columns are txt, id; did you mean txt?"
-    ]
+    assert messages(piece_of(path)) == [f"{path}: no column text: its columns are txt, id; did you mean txt?"]
     write_parquet(path, {"text": ["a", None, ""], "id": [1, 2, 3]})
     assert messages(piece_of(path)) == [
         f"{path} row 2: text is no text: it is null",
@@ -155,9 +239,9 @@ def test_bad_parquet(tmp_path: Path) -> None:
     ]
     assert messages(piece_of(path), "id")[0] == f"{path} row 1: id is no text: it is a number"
     path.write_bytes(path.read_bytes()[:-20])
-    assert "row 0: unreadable file: " in messages(Piece("parquet", str(path), 0, 1, 1))[0]
+    assert f"{path}: unreadable file: " in messages(Piece("parquet", str(path), 0, 1, 1))[0]
     path.write_bytes(b"")
-    assert "row 0: unreadable file: " in messages(Piece("parquet", str(path), 0, 1, 1))[0]
+    assert f"{path}: unreadable file: " in messages(Piece("parquet", str(path), 0, 1, 1))[0]
 
 
 def test_only_needed_columns_are_read(tmp_path: Path) -> None:
