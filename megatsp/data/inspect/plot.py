@@ -13,6 +13,7 @@ BINS_A_DECADE = 10
 def plot_lengths(sources: Mapping[str, LengthCounts], seq_length: int, path: Path, title: str) -> None:
     """Documents by their length in tokens, a line a source, with seq_length marked."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -22,6 +23,10 @@ def plot_lengths(sources: Mapping[str, LengthCounts], seq_length: int, path: Pat
         axes.stairs(values, edges, fill=True, alpha=0.4, label=f"{shown} ({found.documents:,} documents)")
     axes.axvline(seq_length, color="black", linestyle="--", label=f"seq_length {seq_length:,}")
     axes.set(xscale="log", xlabel="tokens of a document", ylabel="documents", title=title)
+    plain = StrMethodFormatter("{x:,.0f}")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_formatter(plain)
+    axes.xaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -193,17 +193,17 @@ def from_megatron(
         "Llama2Tokenizer",
         "TikTokenizer",
     )
-    known = (*by_model, "GPT2BPETokenizer", "ByteLevelTokenizer", "NullTokenizer")
+    known = (*by_model, "GPT2BPETokenizer", "ByteLevelTokenizer")
     given = {"--tokenizer-model": tokenizer_model, "--vocab-file": vocab_file, "--merge-file": merge_file}
-    if tokenizer_type not in known:
-        raise ValueError(
-            f"unknown --tokenizer-type {tokenizer_type}{did_you_mean(tokenizer_type, known)} (known: "
-            f"{', '.join(known)})"
-        )
     if tokenizer_type == "NullTokenizer":
         raise ValueError(
             "--tokenizer-type NullTokenizer reads numbers, not text, and has no vocabulary: there is nothing "
             "to train on; for a test without files take ByteLevelTokenizer"
+        )
+    if tokenizer_type not in known:
+        raise ValueError(
+            f"unknown --tokenizer-type {tokenizer_type}{did_you_mean(tokenizer_type, known)} (known: "
+            f"{', '.join(known)})"
         )
     wanted: tuple[str, ...] = ("--tokenizer-model",) if tokenizer_type in by_model else ()
     if tokenizer_type == "GPT2BPETokenizer":
