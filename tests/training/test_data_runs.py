@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,17 +129,21 @@ def test_validation_and_test_are_evaluated_where_there_are_any(folder):
     assert all(math.isfinite(e["data/wait-ms"]) for e in tested if "lm loss" in e)
 
 
-def test_ctrl_c_ends_the_processes_that_read_ahead(folder, interruptible):
-    given = arguments(
-        folder, "interrupted", "trainer.train_iters=100000", "data.num_workers=2", "launch.nproc=2"
-    )
+def running(folder: Path, name: str) -> tuple[subprocess.Popen, list[int]]:
+    """A run of two ranks with two readers each in its third iteration, and all processes that it started."""
+    given = arguments(folder, name, "trainer.train_iters=100000", "data.num_workers=2", "launch.nproc=2")
     job = command("train", *given, "parallel.tsp=2")
     assert job.stdout is not None
     for line in job.stdout:
         if re.match(r" iteration +3/", line):
             break
     started = descendants(job.pid)
-    assert len(started) >= 2 + 4  # two ranks, two readers each
+    assert len(started) >= 2 + 4
+    return job, started
+
+
+def test_ctrl_c_ends_the_processes_that_read_ahead(folder, interruptible):
+    job, started = running(folder, "interrupted")
     for pid in (job.pid, *started):  # as a terminal does: to all of them
         os.kill(pid, signal.SIGINT)
     out, err = job.communicate(timeout=120)
@@ -151,13 +156,7 @@ def test_ctrl_c_ends_the_processes_that_read_ahead(folder, interruptible):
 
 
 def test_readers_end_with_a_rank_that_is_killed(folder):
-    given = arguments(folder, "killed", "trainer.train_iters=100000", "data.num_workers=2", "launch.nproc=2")
-    job = command("train", *given, "parallel.tsp=2")
-    assert job.stdout is not None
-    for line in job.stdout:
-        if re.match(r" iteration +3/", line):
-            break
-    started = descendants(job.pid)
+    job, started = running(folder, "killed")
     rank = next(pid for pid in started if stat(pid)[1] == str(job.pid))
     os.kill(rank, signal.SIGKILL)
     _, err = job.communicate(timeout=120)
