@@ -80,9 +80,8 @@ class SampledCorpus:
         """
         seq_length = self.reading.seq_length
         rows = self._rows(index)
-        starts = (
-            np.cumsum(rows["length"], dtype=np.int64) - rows["length"]
-        )  # where pieces begin in the sample
+        # Where pieces begin in the sample.
+        starts = np.cumsum(rows["length"], dtype=np.int64) - rows["length"]
         parts = [self._read(rows, starts, *span) for span in spans or [(0, seq_length)]]
         tokens, labels, mask = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         self._check(tokens, labels, index)

@@ -247,9 +247,8 @@ def _parsed(line: bytes) -> dict[str, Any] | Bad:
 def _text(piece: Piece, max_document_bytes: int) -> Iterator[Record]:
     with open_input(piece.path) as (file, _):
         content = bytearray()
-        for part in iter(
-            lambda: file.read(BATCH_BYTES), b""
-        ):  # one read of so many bytes would claim them all
+        # One read of so many bytes would claim them all.
+        for part in iter(lambda: file.read(BATCH_BYTES), b""):
             content += part
             if len(content) > max_document_bytes:
                 break
