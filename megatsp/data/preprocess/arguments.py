@@ -133,7 +133,7 @@ def _parser() -> Parser:
     add = parser.add_argument_group("output").add_argument
     text = "writes PREFIX_KEY_document.bin, .idx, .inputs and .json; meanwhile PREFIX.parts"
     add("--output-prefix", metavar="PREFIX", required=True, help=text)
-    add("--force", action="store_true", help="replace what is there, and partitions of another job")
+    add("--force", action="store_true", help="replace what is there, finished partitions too; may be resumed")
     add("--keep-partitions", action="store_true", help="do not remove PREFIX.parts at the end")
 
     add = parser.add_argument_group("process").add_argument

@@ -12,15 +12,18 @@ from types import TracebackType
 from typing import Self
 
 JOB, LOCK = "job.json", "lock"
-MARK = re.compile(r"\d{6}\.json")
+FORCED = "forced"  # in job.json: --force has begun, so the job goes on whatever the output is
+FINISHED = re.compile(r"\d{6}\.json")
 OURS = re.compile(r"\d{6}(_.*)?\.(bin|sizes|inputs|roles|json)(\.\d+)?(\.tmp)?|job\.json(\.tmp)?|lock")
 
 
 class PartsFolder:
     """Held by one command at a time. Use it as a context manager.
 
-    Attributes:
+    Args:
         path: of the folder.
+        job: what finished partitions must be of.
+        force: start over, unless a command with `force` has begun this job.
 
     Raises:
         ValueError: another command holds it, it holds something else, or partitions of another job.
@@ -30,13 +33,16 @@ class PartsFolder:
         self.path, self._job, self._force = path, dict(job), force
 
     def __enter__(self) -> Self:
-        Path(self.path).mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(f"{self.path}/{LOCK}", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._take()
-        except BaseException:
-            os.close(self._lock)
-            raise
+            Path(self.path).mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(f"{self.path}/{LOCK}", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                self._take()
+            except BaseException:
+                os.close(self._lock)
+                raise
+        except OSError as error:
+            raise ValueError(f"--output-prefix: cannot write to {self.path}: {error.strerror}") from None
         return self
 
     def __exit__(
@@ -47,6 +53,10 @@ class PartsFolder:
     def remove(self) -> None:
         """Remove it with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def finish(self) -> None:
+        """The output is written; another --force starts over."""
+        self._write_job({})
 
     def sweep(self) -> None:
         """Remove what was written in vain."""
@@ -67,39 +77,48 @@ class PartsFolder:
                 "--output-prefix"
             )
         self.sweep()
-        before = self._read_job()
+        before = read_job(self.path)
+        if self._force and not (FORCED in before and is_of_job(self.path, self._job)):
+            before = {}
         different = [key for key in self._job if before.get(key) != self._job[key]]
-        if before and different and not self._force and self._has_finished():
+        if different and not any(map(FINISHED.fullmatch, os.listdir(self.path))):
+            before = {}  # nothing is lost
+        if before and different:
             shown = ", ".join(key.replace("_", "-") for key in different)
             raise ValueError(
                 f"{self.path} holds finished partitions of another job, with other {shown}: give the same "
                 "inputs and options to go on with it, or --force to start over"
             )
-        if different:
+        if not before:
             for name in os.listdir(self.path):
                 if name != LOCK:
                     os.unlink(f"{self.path}/{name}")
-            with open(f"{self.path}/{JOB}.tmp", "w", encoding="utf-8") as file:
-                json.dump(self._job, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(f"{self.path}/{JOB}.tmp", f"{self.path}/{JOB}")
+            self._write_job({FORCED: "yes"} if self._force else {})
 
-    def _has_finished(self) -> bool:
-        """Whether a partition is finished: otherwise there is nothing to lose."""
-        return any(MARK.fullmatch(name) for name in os.listdir(self.path))
+    def _write_job(self, more: Mapping[str, str]) -> None:
+        with open(f"{self.path}/{JOB}.tmp", "w", encoding="utf-8") as file:
+            json.dump({**self._job, **more}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{self.path}/{JOB}.tmp", f"{self.path}/{JOB}")
 
-    def _read_job(self) -> dict[str, str]:
-        try:
-            content = json.loads(Path(f"{self.path}/{JOB}").read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+
+def read_job(path: str) -> dict[str, str]:
+    """What the partitions in the folder are of; nothing if there are none."""
+    try:
+        content = json.loads(Path(f"{path}/{JOB}").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def is_of_job(path: str, job: Mapping[str, str]) -> bool:
     """Whether the folder holds partitions of this job."""
-    try:
-        return bool(json.loads(Path(f"{path}/{JOB}").read_bytes()) == dict(job))
-    except (OSError, ValueError):
-        return False
+    found = read_job(path)
+    found.pop(FORCED, None)
+    return found == dict(job)
+
+
+def is_forced(path: str, job: Mapping[str, str]) -> bool:
+    """Whether the folder holds partitions of this job that are to replace the output."""
+    return is_of_job(path, job) and FORCED in read_job(path)

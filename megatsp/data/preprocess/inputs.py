@@ -4,7 +4,7 @@ import glob
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 JSONL, PARQUET, TEXT, DATASET = "jsonl", "parquet", "text", "dataset"
@@ -21,17 +21,17 @@ class InputFile:
     kind: str
     bytes: int
     mtime_ns: int
+    inode: tuple[int, int] = field(default=(0, 0), compare=False)  # its device too
 
-    def check(self) -> None:
-        """Checks that the file is still what it was.
+    @property
+    def compressed(self) -> bool:
+        """Whether it can only be read from its beginning."""
+        return bool(compression(self.path))
 
-        Raises:
-            ValueError: it has changed, or is gone.
-        """
-        if _file(self.path, self.kind) != self:
-            raise ValueError(
-                f"{self.path} changed while it was read: wait until it is whole, and begin again"
-            )
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        """What a job remembers of it."""
+        return self.path, self.kind, self.bytes, self.mtime_ns
 
 
 def find(inputs: Sequence[str], input_type: str = "auto") -> list[InputFile]:
@@ -41,30 +41,25 @@ def find(inputs: Sequence[str], input_type: str = "auto") -> list[InputFile]:
     than text the files that do not look like it.
 
     Raises:
-        ValueError: nothing there, no file of the type, or a folder with data files and others.
+        ValueError: nothing there, no file of the type, a folder with data files and others, or a file twice.
     """
-    files = [file for given in inputs for file in _found(given, input_type)]
-    seen: dict[tuple[int, int], str] = {}
-    for file in files:
-        status = os.stat(file.path)
-        other = seen.setdefault((status.st_dev, status.st_ino), file.path)
-        if other is not file.path:
-            raise ValueError(
-                f"--input names a file twice: {other} and {file.path}; its documents would be doubled"
-            )
-    return files
+    files: dict[tuple[int, int], InputFile] = {}
+    for given in inputs:
+        for file in _found(given, input_type):
+            if (before := files.setdefault(file.inode, file)) is not file:
+                same = "" if before.path == file.path else f", which is the same file as {before.path},"
+                raise ValueError(f"--input names {file.path}{same} twice: name each file once")
+    return list(files.values())
 
 
 def compression(path: str) -> str:
-    """The suffix that says how a file is compressed, and so only read from its beginning; "" if it is not."""
+    """The suffix that says how a file is compressed, in lower case; nothing if it is not."""
     return next((suffix for suffix in COMPRESSED if path.lower().endswith(suffix)), "")
 
 
 def kind_of(path: str) -> str:
     """What the name of a file says that it is."""
-    name = path.lower()
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix)
+    name = path.lower().removesuffix(compression(path))
     return JSONL if name.endswith(JSONL_SUFFIXES) else PARQUET if name.endswith(".parquet") else TEXT
 
 
@@ -85,11 +80,11 @@ def _found(given: str, input_type: str) -> Iterator[InputFile]:
 
 
 def _in_folder(folder: str, input_type: str) -> list[InputFile]:
-    files = [_file(path, "auto") for path in _walk(folder)]
+    files = [_file(path, "auto") for path in _walk(folder, set())]
     if input_type in (JSONL, PARQUET):
         files = [file for file in files if file.kind == input_type]
     elif input_type == TEXT:
-        files = [InputFile(file.path, TEXT, file.bytes, file.mtime_ns) for file in files]
+        files = [replace(file, kind=TEXT) for file in files]
     elif len(kinds := {file.kind for file in files}) > 1 and TEXT in kinds:
         examples = ", ".join(next(f.path for f in files if f.kind == kind) for kind in sorted(kinds))
         raise ValueError(
@@ -101,24 +96,24 @@ def _in_folder(folder: str, input_type: str) -> list[InputFile]:
     return files
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+def _walk(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
     """Its files, recursively, each folder's entries in order of their names.
 
-    above: the folders that it lies in; a link back to one of them is not followed.
+    A folder that links lead to again, perhaps from inside itself, is read once.
     """
     try:
         status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:
+            return
+        visited.add((status.st_dev, status.st_ino))
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise ValueError(f"--input: cannot read the folder {folder}: {error.strerror}") from None
-    own = status.st_dev, status.st_ino
-    if own in above:
-        return
     for entry in entries:
         if entry.name.startswith("."):
             continue
         if os.path.isdir(entry.path):
-            yield from _walk(entry.path, (*above, own))
+            yield from _walk(entry.path, visited)
         else:
             yield entry.path
 
@@ -133,7 +128,22 @@ def _file(path: str, input_type: str) -> InputFile:
             f"--input {path} is no regular file: a run that was interrupted could not go on from it"
         )
     kind = kind_of(path) if input_type == "auto" else input_type
-    return InputFile(path, kind, status.st_size, status.st_mtime_ns)
+    return InputFile(path, kind, status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino))
+
+
+def check_unchanged(files: Sequence[InputFile]) -> None:
+    """Whether the files are what `find` found.
+
+    Raises:
+        ValueError: one is not, or cannot be read.
+    """
+    for file in files:
+        now = _file(file.path, file.kind)
+        if now != file:
+            raise ValueError(
+                f"{file.path} changed while it was read: it had {file.bytes} bytes and has {now.bytes}; "
+                "nothing was written, give the command again when nothing writes to it"
+            )
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,11 @@ class Rows:
     rows: int
     bytes: int
     fingerprint: str
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        """What a job remembers of it."""
+        return self.name, self.rows, self.bytes, self.fingerprint
 
 
 def load_rows(name: str, config: str | None, split: str) -> tuple[Rows, Any]:

@@ -72,6 +72,7 @@ class Part:
     examples: list[str] = field(default_factory=list)
     input_bytes: int = 0
     seconds: float = 0.0
+    inputs_bytes: dict[str, int] = field(default_factory=dict)  # of each output's .inputs, at the end
 
 
 class BadRecord(Exception):
@@ -86,14 +87,18 @@ def path_of(folder: str, index: int, output: str) -> PathOf:
 def read_part(setup: Setup, index: int, vocab_size: int) -> Part | None:
     """What is known of a finished partition; None if it is not finished or its files are not whole.
 
-    One that left records out is finished only where these are skipped.
+    One that left out bad records is not finished where such end the job.
     """
     itemsize = np.dtype(DTYPE_OF_CODE[token_code(vocab_size)]).itemsize
     try:
         content = json.loads(Path(_mark(setup, index)).read_bytes())
         content["counts"] = {output: Counts(**content["counts"][output]) for output in setup.outputs}
         for output, count in content["counts"].items():
-            expected = {".bin": count.tokens * itemsize, ".sizes": count.documents * 4}
+            expected = {
+                ".bin": count.tokens * itemsize,
+                ".sizes": count.documents * 4,
+                ".inputs": content["inputs_bytes"][output],
+            }
             if setup.roles:
                 expected[".roles"] = count.tokens
             path = path_of(setup.folder, index, output)
@@ -135,6 +140,7 @@ def write_part(
             ]
             part = _Writer(setup, tokenizer, renderer, files, report).write(pieces)
         for output, path in finals.items():
+            part.inputs_bytes[output] = os.path.getsize(temporaries[output](".inputs"))
             for suffix in token_files.suffixes(setup.roles):
                 os.replace(temporaries[output](suffix), path(suffix))
         with open(f"{mark}.tmp", "w", encoding="utf-8") as file:
@@ -142,6 +148,10 @@ def write_part(
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{mark}.tmp", mark)
+    except OSError as error:
+        if error.filename is None:  # what writes to an open file does not name it
+            error.filename = f"{setup.folder}/{index:06d}_{setup.outputs[0]}.bin"
+        raise
     finally:
         for path in temporaries.values():
             token_files.remove(path, setup.roles)

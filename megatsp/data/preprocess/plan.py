@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatsp.data.preprocess.inputs import DATASET, JSONL, PARQUET, InputFile, Rows, compression
+from megatsp.data.preprocess.inputs import DATASET, JSONL, PARQUET, InputFile, Rows
 from megatsp.data.preprocess.sources import Piece, row_group_bytes
 
 SMALLEST_BYTES, USUAL_BYTES, MOST_PARTITIONS = 4 << 20, 128 << 20, 20_000
@@ -49,7 +49,7 @@ def description(
         options: those that the output depends on, with the tokenizer's fingerprint.
     """
     return {
-        "inputs": _sha256([list(vars(file).values()) for file in inputs]),
+        "inputs": _sha256([file.key for file in inputs]),
         "partitions": _sha256([[list(vars(piece).values()) for piece in pieces] for pieces in cut]),
         **{key: json.dumps(value) for key, value in options.items()},
     }
@@ -66,7 +66,7 @@ def _pieces(file: InputFile | Rows, begin: int, total: int, count: int) -> Itera
         yield from _row_pieces(file, begin, total, count)
     elif file.kind == PARQUET:
         yield from _row_group_pieces(file)
-    elif file.kind == JSONL and not compression(file.path) and file.bytes:
+    elif file.kind == JSONL and not file.compressed and file.bytes:
         for low, high in _ranges(begin, file.bytes, total, count):
             yield Piece(JSONL, file.path, low, high, high - low)
     else:

@@ -24,7 +24,9 @@ ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
-COMMAND = "import sys; from megatsp.data.preprocess.worker import main; main(int(sys.argv[1]))"
+# All processes of a Slurm step get SIGTERM; the parent alone answers it, and kills its workers.
+COMMAND = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+COMMAND += "from megatsp.data.preprocess.worker import main; main(int(sys.argv[1]))"
 
 
 class WorkerDied(Exception):
@@ -144,7 +146,7 @@ class Pool:
 
 def _how_it_ended(status: int) -> str:
     if status == -signal.SIGKILL:
-        return "was killed, by hand or for want of memory (see dmesg; lower --workers)"
+        return "was killed (by hand, or by the out-of-memory killer: see dmesg; lower --workers)"
     if status < 0:
         return f"crashed ({signal.Signals(-status).name})"
     return f"ended with status {status}"

@@ -5,18 +5,20 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from megatsp.data import token_files
 from megatsp.data.indexed import CorpusInfo, IndexedDocuments, commit, read_info, temporary_name
 from megatsp.data.preprocess import plan, summary
 from megatsp.data.preprocess.arguments import Options
-from megatsp.data.preprocess.folder import PartsFolder, is_of_job
-from megatsp.data.preprocess.inputs import TEXT, InputFile, Rows, find, load_rows
+from megatsp.data.preprocess.folder import PartsFolder, is_forced, is_of_job
+from megatsp.data.preprocess.inputs import TEXT, InputFile, Rows, check_unchanged, find, load_rows
 from megatsp.data.preprocess.part import Part, Setup, path_of, read_part
 from megatsp.data.preprocess.pool import Pool, WorkerDied
 from megatsp.data.preprocess.progress import Progress
@@ -25,16 +27,28 @@ from megatsp.data.token_files import Counts
 from megatsp.data.tokenizer import Tokenizer, from_megatron, load_tokenizer
 
 TICK_S = 0.5
-TERMINATED = 128 + signal.SIGTERM  # the exit status
+TERMINATED = 143  # exit status after SIGTERM
+
+
+class Terminated(BaseException):
+    """SIGTERM came, for example from Slurm before it preempts a job."""
 
 
 def preprocess(options: Options) -> int:
-    """Does what the options say and returns the exit status: 0, or 1 after a worker died.
+    """Does what the options say and returns the exit status: 0, 1 after a worker died, 143 after SIGTERM.
 
     Raises:
         ValueError: bad input, output that is in the way, or a full disk.
         KeyboardInterrupt: after saying how to go on.
     """
+    try:
+        with _terminable():
+            return _preprocess(options)
+    except Terminated:
+        return TERMINATED
+
+
+def _preprocess(options: Options) -> int:
     spec, tokenizer = _tokenizer(options)
     if options.format != "text":
         from megatsp.data.sft import Renderer
@@ -45,7 +59,8 @@ def preprocess(options: Options) -> int:
     job = _job(options, tokenizer, inputs, cut)
     source = plan.source_of(job)
     parts_path = f"{options.output_prefix}.parts"
-    if not options.force and _is_there(options, source, is_of_job(parts_path, job)):
+    replace = options.force or is_forced(parts_path, job)
+    if not replace and _is_there(options, source, is_of_job(parts_path, job)):
         print(f"kept {', '.join(options.outputs.values())}: made from the same inputs and options")
         return 0
     setup = Setup(
@@ -61,13 +76,10 @@ def preprocess(options: Options) -> int:
         dataset=dataset,
     )
     started = time.perf_counter()
-    with _opened(PartsFolder(parts_path, job, options.force)) as folder:
+    with PartsFolder(parts_path, job, options.force) as folder:
         try:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # as Slurm ends a job
             parts = _make_parts(options, setup, tokenizer, cut)
-            for file in inputs:
-                if isinstance(file, InputFile):
-                    file.check()
+            check_unchanged([file for file in inputs if isinstance(file, InputFile)])
             infos = _merge(options, setup, tokenizer, source, parts, time.perf_counter() - started)
         except WorkerDied as error:
             pieces = f" ({_range(cut[error.index])})" if error.index >= 0 and cut[error.index] else ""
@@ -76,32 +88,48 @@ def preprocess(options: Options) -> int:
                 f"megatsp: error: the worker{where} {error}; {_kept(setup, tokenizer, cut)}", file=sys.stderr
             )
             return 1
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:
             print(f"\nmegatsp: interrupted; {_kept(setup, tokenizer, cut)}", file=sys.stderr)
+            raise
+        except Terminated:
+            print(f"megatsp: stopped by SIGTERM; {_kept(setup, tokenizer, cut)}", file=sys.stderr)
             raise
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
             raise ValueError(f"{what}; {_kept(setup, tokenizer, cut)}") from None
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             folder.sweep()
-        if not options.keep_partitions:
+        for prefix in options.outputs.values():
+            _sync_folder(os.path.dirname(prefix) or ".")
+        if options.keep_partitions:
+            folder.finish()
+        else:
             folder.remove()
     summary.show(options, spec, infos, parts, time.perf_counter() - started)
     return 0
 
 
 @contextmanager
-def _opened(folder: PartsFolder) -> Iterator[PartsFolder]:
-    """The folder of partitions; raises ValueError where it cannot be made."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(folder)
-        except OSError as error:
-            raise ValueError(
-                f"cannot write to {folder.path}: {error.strerror}; give another --output-prefix"
-            ) from None
-        yield folder
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated, once: more of them do not disturb what then cleans up and exits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if not stopped:
+            stopped = True
+            raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if not stopped:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _tokenizer(options: Options) -> tuple[str, Tokenizer]:
@@ -129,7 +157,7 @@ def _inputs(options: Options) -> tuple[list[InputFile | Rows], Any]:
 def _job(
     options: Options, tokenizer: Tokenizer, inputs: Sequence[InputFile | Rows], cut: Sequence[Sequence[Piece]]
 ) -> dict[str, str]:
-    names = ("json_keys", "format", "chat_template", "append_eod", "max_document_bytes")
+    names = ("json_keys", "format", "chat_template", "append_eod", "max_document_bytes")  # all but --on-error
     values = {name: getattr(options, name) for name in names}
     return plan.description(inputs, {"tokenizer": tokenizer.fingerprint, **values}, cut)
 
@@ -150,8 +178,11 @@ def _is_there(options: Options, source: str, begun: bool) -> bool:
             info = read_info(prefix)
             if info.source != source:
                 raise ValueError(f"{prefix} holds data of other inputs or options; {advice}")
-            if info.rejects and options.on_error == "fail":
-                raise ValueError(f"{prefix} was written with --on-error skip, and left records out; {advice}")
+            if options.on_error == "fail" and info.rejects:
+                left_out = sum(info.rejects.values())
+                raise ValueError(
+                    f"{prefix} was made with --on-error skip and lacks {left_out} bad records; {advice}"
+                )
             try:
                 IndexedDocuments(prefix)
             except ValueError as error:
@@ -208,9 +239,24 @@ def _merge(
             token_files.merge(places, path, setup.roles)
             more = summary.facts(options, output, counts, parts, seconds)
             infos[output] = commit(prefix, path, tokenizer, counts, source, setup.roles, rejects, more)
+        except OSError as error:
+            if error.filename is None:  # what writes to an open file does not name it
+                error.filename = f"{prefix}.bin"
+            raise
         finally:
             token_files.remove(path, setup.roles)
     return infos
+
+
+def _sync_folder(path: str) -> None:
+    """So that the names of the outputs outlast a power failure before the partitions go."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems cannot
+    finally:
+        os.close(descriptor)
 
 
 def _sweep(prefix: str) -> None:

@@ -4,16 +4,16 @@ A reader yields `(number, content)` for each record of a piece: the number is th
 the content is a dict, a text for text files, or a Bad. It holds a record or a batch of about a megabyte.
 """
 
-import gzip
-import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from functools import partial
+from typing import Any, BinaryIO
 
+from megatsp.data.preprocess.compressed import open_input
 from megatsp.data.preprocess.inputs import DATASET, JSONL, PARQUET, TEXT, compression, find
 from megatsp.nearest import did_you_mean
 
@@ -70,6 +70,9 @@ def records(
         keys: columns to read; of those that a table lacks it is not silent if `need_all`.
         position: is moved on.
         dataset: the `datasets.Dataset` that the piece is of.
+
+    Raises:
+        ValueError: the file is shorter than the piece: it was changed meanwhile.
     """
     if piece.kind == JSONL:
         reader = _jsonl(piece, max_document_bytes, position)
@@ -85,7 +88,7 @@ def records(
         for number, content in reader:
             yield number, content
     except EOFError:
-        yield number, Bad("truncated file", "the compressed data ends after it")
+        yield number, Bad("truncated file", f"the compressed data ends {'after it' if number else 'at once'}")
     except (OSError, zlib.error) as error:
         yield number, Bad(UNREADABLE, _said(error))
     position.bytes = piece.bytes
@@ -124,7 +127,7 @@ def texts_of(
 
 
 def place(piece: Piece, number: int) -> str:
-    """Where a record is, for a message. Of a JSONL piece this counts the lines before it."""
+    """Where a record is, for a message; 0 is no record. Of a JSONL piece this counts the lines before it."""
     if piece.kind == TEXT or not number:
         return piece.path
     if piece.kind != JSONL:
@@ -178,22 +181,6 @@ def num_row_groups(path: str) -> int:
         return 1
 
 
-@contextmanager
-def open_input(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """A file to read, decompressed by its suffix, and the file below whose position tells the progress."""
-    with open(path, "rb", buffering=0) as raw:
-        suffix = compression(path)
-        if suffix and not os.fstat(raw.fileno()).st_size:  # as a download that failed leaves it
-            raise EOFError("the file is empty")
-        if suffix == ".gz":
-            with gzip.GzipFile(fileobj=raw, mode="rb") as file:
-                yield cast(BinaryIO, file), raw
-        elif suffix == ".zst":
-            yield io.BufferedReader(_ZstdFile(raw), 1 << 17), raw
-        else:
-            yield io.BufferedReader(raw, 1 << 17), raw
-
-
 def _jsonl(piece: Piece, max_document_bytes: int, position: Position) -> Iterator[Record]:
     longest = 6 * max_document_bytes + BATCH_BYTES  # \u0000 for each byte, and the other keys
     compressed = bool(compression(piece.path))
@@ -207,10 +194,7 @@ def _jsonl(piece: Piece, max_document_bytes: int, position: Position) -> Iterato
             line = file.readline(longest)
             if not line:
                 if not compressed:
-                    raise ValueError(
-                        f"{piece.path} ended at byte {at} of {piece.end}: it changed while it was read; wait "
-                        "until it is whole, and begin again"
-                    )
+                    raise _changed(piece, f"the file ended at byte {min(at, os.stat(piece.path).st_size)}")
                 break
             number += 1
             at += len(line)
@@ -221,7 +205,7 @@ def _jsonl(piece: Piece, max_document_bytes: int, position: Position) -> Iterato
                     number,
                     Bad(
                         f"longer than --max-document-bytes {max_document_bytes}",
-                        f"a line of {longest + skipped} bytes",
+                        _array(number, piece, line) or f"a line of {longest + skipped} bytes",
                     ),
                 )
                 continue
@@ -229,12 +213,25 @@ def _jsonl(piece: Piece, max_document_bytes: int, position: Position) -> Iterato
             if number == 1 and piece.begin == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.isspace():
-                yield number, _parsed(line)
+                record = _parsed(line)
+                if isinstance(record, Bad) and (array := _array(number, piece, line)):
+                    record = Bad("no JSON object", array)
+                yield number, record
+
+
+def _array(number: int, piece: Piece, line: bytes) -> str:
+    """Says that a file is one JSON array, if its first line looks like it."""
+    is_first = number == 1 and piece.begin == 0
+    begin = line[:100].removeprefix(b"\xef\xbb\xbf").lstrip()
+    return "a JSON array; one object a line is read" if is_first and begin.startswith(b"[") else ""
+
+
+def _changed(piece: Piece, what: str) -> ValueError:
+    """No record is bad, so that it is never skipped: what was read is not the input that the job is of."""
+    return ValueError(f"{piece.path}: {what} of {piece.end}: it changed while it was read")
 
 
 def _parsed(line: bytes) -> dict[str, Any] | Bad:
-    if line.strip() == b"[":
-        return Bad("no JSON object", "a JSON array; what is read is one object a line")
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -247,18 +244,18 @@ def _parsed(line: bytes) -> dict[str, Any] | Bad:
 def _text(piece: Piece, max_document_bytes: int) -> Iterator[Record]:
     with open_input(piece.path) as (file, _):
         content = bytearray()
-        # One read of so many bytes would claim them all.
-        for part in iter(lambda: file.read(BATCH_BYTES), b""):
+        for part in iter(
+            lambda: file.read(BATCH_BYTES), b""
+        ):  # one read of so many bytes would claim them all
             content += part
             if len(content) > max_document_bytes:
                 break
     if len(content) > max_document_bytes:
-        size = "" if compression(piece.path) else f"{piece.bytes} bytes"
-        yield 1, Bad(f"longer than --max-document-bytes {max_document_bytes}", size)
+        said = "when decompressed" if compression(piece.path) else f"{piece.bytes} bytes"
+        yield 1, Bad(f"longer than --max-document-bytes {max_document_bytes}", said)
         return
-    content = content.removeprefix(b"\xef\xbb\xbf")
     try:
-        yield 1, content.decode("utf-8")
+        yield 1, content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         yield 1, Bad("bad UTF-8", f"byte 0x{content[error.start]:02X} at byte {error.start}")
 
@@ -269,37 +266,63 @@ def _parquet(piece: Piece, keys: Sequence[str], need_all: bool, position: Positi
     with _parquet_file(piece.path) as file:
         columns = _columns(file.schema_arrow.names, keys, need_all)
         if isinstance(columns, Bad):
-            yield 0, columns
+            if not piece.begin:  # it counts once, however the file is cut
+                yield 0, columns
             return
+        if file.metadata.num_row_groups < piece.end:
+            raise _changed(piece, f"the file has {file.metadata.num_row_groups} row groups")
         groups = [file.metadata.row_group(i) for i in range(piece.end)]
         number = sum(group.num_rows for group in groups[: piece.begin])
         for index in range(piece.begin, piece.end):
             rows = groups[index].num_rows
-            begin = number
+            begin, end = number, number + rows
             batches = file.iter_batches(
                 batch_size=_batch_rows(groups[index].total_byte_size, rows),
                 row_groups=[index],
                 columns=columns,
                 use_threads=False,
             )
-            try:
-                for batch in batches:
-                    for record in _rows(batch):
-                        number += 1
-                        yield number, record
-                    share = (index - piece.begin + (number - begin) / max(rows, 1)) / (
-                        piece.end - piece.begin
+            while True:
+                try:
+                    batch = next(batches, None)
+                except (OSError, pyarrow.ArrowException) as error:  # the other row groups may be whole
+                    yield (
+                        0,
+                        Bad("unreadable rows", f"rows {number + 1} to {end} cannot be read: {_said(error)}"),
                     )
-                    position.bytes = int(piece.bytes * share)
-            except (
-                OSError,
-                pyarrow.ArrowException,
-            ) as error:  # the group's other rows; other groups can be whole
-                yield (
-                    number + 1,
-                    Bad("unreadable rows", f"rows {number + 1} to {begin + rows}: {_said(error)}"),
-                )
-                number = begin + rows
+                    number = end
+                    break
+                if batch is None:
+                    break
+                for content in _rows(partial(_of_batch, batch), 0, len(batch)):
+                    number += 1
+                    yield number, content
+                share = (index - piece.begin + (number - begin) / max(rows, 1)) / (piece.end - piece.begin)
+                position.bytes = int(piece.bytes * share)
+
+
+def _rows(
+    read: Callable[[int, int], list[dict[str, Any]]], begin: int, end: int
+) -> Iterator[dict[str, Any] | Bad]:
+    """What `read` gives for a batch of rows; if that fails, for one row at a time."""
+    import pyarrow
+
+    wrong = (OSError, ValueError, OverflowError, pyarrow.ArrowException)  # of an Arrow value to Python's
+    try:
+        yield from read(begin, end)
+        return
+    except wrong:
+        pass
+    for row in range(begin, end):
+        try:
+            content: dict[str, Any] | Bad = read(row, row + 1)[0]
+        except UnicodeDecodeError as error:
+            content = Bad(
+                "bad UTF-8", f"byte 0x{error.object[error.start]:02X} at byte {error.start} of a text"
+            )
+        except wrong as error:
+            content = Bad("unreadable row", _said(error))
+        yield content
 
 
 def _dataset(
@@ -307,28 +330,24 @@ def _dataset(
 ) -> Iterator[Record]:
     columns = _columns(dataset.column_names, keys, need_all)
     if isinstance(columns, Bad):
-        yield 0, columns
+        if not piece.begin:
+            yield 0, columns
         return
-    selected = dataset.select_columns(columns).with_format("arrow")
+    selected = dataset.select_columns(columns).with_format(None)
     step = _batch_rows(piece.bytes, piece.end - piece.begin)
     for begin in range(piece.begin, piece.end, step):
         end = min(begin + step, piece.end)
-        yield from enumerate(_rows(selected[begin:end]), begin + 1)
+        yield from enumerate(_rows(partial(_of_dataset, selected), begin, end), begin + 1)
         position.bytes = piece.bytes * (end - piece.begin) // (piece.end - piece.begin)
 
 
-def _rows(table: Any) -> Iterator[dict[str, Any] | Bad]:
-    """The rows of a pyarrow table or batch; one by one if some are no UTF-8, so that these alone are bad."""
-    try:
-        yield from table.to_pylist()
-        return
-    except UnicodeDecodeError:
-        pass
-    for row in range(table.num_rows):
-        try:
-            yield table.slice(row, 1).to_pylist()[0]
-        except UnicodeDecodeError as error:
-            yield Bad("bad UTF-8", f"byte 0x{error.object[error.start]:02X} at byte {error.start}")
+def _of_batch(batch: Any, begin: int, end: int) -> list[dict[str, Any]]:
+    return list(batch.slice(begin, end - begin).to_pylist())
+
+
+def _of_dataset(selected: Any, begin: int, end: int) -> list[dict[str, Any]]:
+    columns = selected[begin:end]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _batch_rows(num_bytes: int, rows: int) -> int:
@@ -399,42 +418,3 @@ def _parquet_file(path: str) -> Iterator[Any]:
             yield file
     except pyarrow.ArrowException as error:
         raise OSError(_said(error)) from None
-
-
-class _ZstdFile(io.RawIOBase):
-    """The content of a .zst; unlike the library's reader it tells a truncated file from a whole one."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw, self._library = raw, zstandard
-        self._frame = self._decompressor().decompressobj()
-        self._input, self._output = b"", memoryview(b"")
-        self._begun = False  # whether the frame at hand has begun: a file ends between frames
-
-    def _decompressor(self) -> Any:
-        return self._library.ZstdDecompressor(max_window_size=1 << 31)  # of zstd --long=31 too
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            if not self._input:
-                self._input = self._raw.read(1 << 14)
-            if not self._input:
-                if self._begun:
-                    raise EOFError("the compressed data ends")
-                return 0
-            self._begun = True
-            try:
-                self._output = memoryview(self._frame.decompress(self._input))
-            except self._library.ZstdError as error:
-                raise OSError(_said(error)) from None
-            self._input = b""
-            if self._frame.eof:
-                self._input, self._begun = self._frame.unused_data, False
-                self._frame = self._decompressor().decompressobj()
-        count = min(len(buffer), len(self._output))
-        buffer[:count], self._output = self._output[:count], self._output[count:]
-        return count

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from preprocess_jobs import write_inputs
 
-from megatsp.data.preprocess.inputs import find, load_rows
+from megatsp.data.preprocess.inputs import compression, find, load_rows
 
 
 def make(folder: Path, *names: str) -> None:
@@ -39,24 +39,6 @@ def test_a_folder_of_data_files_and_others_is_ambiguous(tmp_path: Path) -> None:
     assert [kind for _, kind in found(tmp_path, "f", input_type="text")] == ["text"] * 4
 
 
-@pytest.mark.parametrize("inputs", [("b.jsonl", "*.jsonl"), ("f", "f/a.txt"), ("b.jsonl", "link.jsonl")])
-def test_a_file_is_not_read_twice(tmp_path: Path, inputs: tuple[str, ...]) -> None:
-    make(tmp_path, "b.jsonl", "f/a.txt")
-    (tmp_path / "link.jsonl").symlink_to(tmp_path / "b.jsonl")
-    with pytest.raises(ValueError, match="names a file twice: .*; its documents would be doubled"):
-        found(tmp_path, *inputs)
-
-
-def test_a_link_back_is_not_followed(tmp_path: Path) -> None:
-    make(tmp_path, "f/a.txt", "f/g/b.txt")
-    (tmp_path / "f" / "g" / "loop").symlink_to(tmp_path / "f")
-    (tmp_path / "f" / "self").symlink_to(tmp_path / "f" / "self")
-    with pytest.raises(ValueError, match="cannot read .*self: Too many levels"):
-        found(tmp_path, "f")
-    (tmp_path / "f" / "self").unlink()
-    assert [path for path, _ in found(tmp_path, "f")] == ["f/a.txt", "f/g/b.txt"]
-
-
 def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe")
@@ -71,6 +53,35 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(ValueError, match="cannot read"):
         found(tmp_path, "dangling")
+
+
+def test_a_file_is_named_once(tmp_path: Path) -> None:
+    make(tmp_path, "a.jsonl", "x/b.txt")
+    (tmp_path / "linked.jsonl").symlink_to("a.jsonl")
+    os.link(tmp_path / "x" / "b.txt", tmp_path / "x" / "c.txt")
+    for given, message in [
+        (["a.jsonl", "a.*"], r"--input names \S+/a\.jsonl twice"),
+        (["*.jsonl"], r"linked\.jsonl, which is the same file as \S+/a\.jsonl, twice"),
+        (["x"], r"c\.txt, which is the same file as \S+b\.txt, twice"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            found(tmp_path, *given)
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    make(tmp_path, "x/a.txt", "x/y/b.txt")
+    (tmp_path / "x" / "loop").symlink_to(".")
+    (tmp_path / "x" / "y" / "up").symlink_to("../..")
+    assert found(tmp_path, "x") == [("x/a.txt", "text"), ("x/y/b.txt", "text")]
+    (tmp_path / "x" / "self").symlink_to("self")
+    for given in ("x", "x/self"):
+        with pytest.raises(ValueError, match="cannot read .*self: Too many"):
+            found(tmp_path, given)
+
+
+def test_compression_is_said_in_any_case() -> None:
+    names = ["a.jsonl", "a.JSONL.GZ", "a.txt.Zst", "gz", "b.gz.txt"]
+    assert [compression(name) for name in names] == ["", ".gz", ".zst", "", ""]
 
 
 def test_data_sets(tmp_path: Path) -> None:

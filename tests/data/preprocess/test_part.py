@@ -65,6 +65,10 @@ def test_a_partition_is_tokens_sizes_and_a_mark(tmp_path: Path) -> None:
     assert read_part(job, 3, VOCAB_SIZE) == part
     assert read_part(job, 2, VOCAB_SIZE) is None
     assert read_part(job, 3, 70_000) is None  # ids would be wider
+    inputs = (tmp_path / "000003_text.inputs").read_bytes()
+    (tmp_path / "000003_text.inputs").write_bytes(b"")
+    assert read_part(job, 3, VOCAB_SIZE) is None
+    (tmp_path / "000003_text.inputs").write_bytes(inputs)
     (tmp_path / "000003_text.sizes").write_bytes(b"")
     assert read_part(job, 3, VOCAB_SIZE) is None
     (tmp_path / "000003.json").write_text("{")

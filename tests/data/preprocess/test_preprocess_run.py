@@ -20,6 +20,7 @@ with warnings.catch_warnings():  # it misses packages that it does not need for 
 from megatsp import cli
 from megatsp.data.indexed import IndexedDocuments, read_info
 from megatsp.data.preprocess import folder, run
+from megatsp.data.preprocess.part import BadRecord
 from megatsp.data.tokenizer import ByteTokenizer, train_bpe
 
 KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "folder", "dataset", "several"]
@@ -96,6 +97,32 @@ def test_summary_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize("damage", ["row group", "column"])
+def test_what_is_left_out_does_not_depend_on_partitions(damage: str, tmp_path: Path) -> None:
+    path, left = tmp_path / "a.parquet", TEXTS
+    if damage == "row group":
+        write_parquet(path, {"text": TEXTS})
+        content = bytearray(path.read_bytes())
+        at = content.index(b"text 30")
+        content[at - 40 : at] = bytes(40)
+        path.write_bytes(content)
+        left = TEXTS[:28] + TEXTS[35:]
+    else:
+        write_parquet(path, {"txt": TEXTS})
+    (tmp_path / "b.jsonl").write_bytes(json_lines(["after"]))
+    infos = []
+    for count in (1, 3, 7):
+        prefix = tmp_path / f"out{count}"
+        given = ("--input", path, tmp_path / "b.jsonl", "--on-error", "skip")
+        preprocess(prefix, *given, "--partitions", count)
+        assert documents(prefix) == ([*left, "after"] if damage == "row group" else ["after"])
+        content = json.loads(Path(f"{prefix}_text_document.json").read_text())
+        infos.append((content["rejects"], content["reject_examples"]))
+    assert infos[0] == infos[1] == infos[2]
+    assert infos[0][0] == {"unreadable rows" if damage == "row group" else "no column text": 1}
+
+
+@pytest.mark.usefixtures("inline")
 def test_several_keys(tmp_path: Path) -> None:
     write_parquet(tmp_path / "in.parquet", {"a": TEXTS, "n": list(range(60)), "b": TEXTS[::-1]})
     preprocess(
@@ -124,61 +151,9 @@ def test_a_failing_partition_ends_the_job_and_the_others_are_kept(
     assert names == {"in.jsonl", "out.parts"}
     kept = {path.name for path in (tmp_path / "out.parts").iterdir()}
     assert {"000000.json", "000000_text.bin", "job.json"} <= kept and not any(".tmp" in name for name in kept)
-    # Another policy goes on with what was finished: nothing was left out of that.
-    assert cli.main([*given, "--partitions", "8", "--on-error", "skip", "--keep-partitions"]) == 0
-    assert "going on: " in capfd.readouterr().err
+    assert cli.main([*given, "--partitions", "8", "--on-error", "skip"]) == 0
+    assert re.search(r"going on: [1-7] of 8 partitions are finished", capfd.readouterr().err)
     assert documents(tmp_path / "out") == TEXTS * 2
-    # But what leaves records out is not what fail makes.
-    assert cli.main([*given, "--partitions", "8"]) == 2
-    assert "was written with --on-error skip, and left records out" in capfd.readouterr().err
-    assert cli.main([*given, "--partitions", "8", "--force"]) == 2
-    assert f"{path} line 61: broken JSON" in capfd.readouterr().err
-
-
-def test_a_job_of_which_nothing_is_finished_is_in_nobodys_way(tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_bytes(json_lines())
-    with pytest.raises(ValueError, match="missing key titel"):
-        preprocess(tmp_path / "out", "--input", tmp_path / "in.jsonl", "--json-keys", "titel")
-    preprocess(tmp_path / "out", "--input", tmp_path / "in.jsonl")
-    assert documents(tmp_path / "out") == TEXTS
-
-
-def test_force_goes_on_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in.jsonl").write_bytes(json_lines())
-    preprocess(tmp_path / "out", "--input", tmp_path / "in.jsonl", "--partitions", 4)
-    (tmp_path / "in.jsonl").write_bytes(json_lines() + b"broken\n")
-    given = ["preprocess", "--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "out")]
-    given += ["--tokenizer", "byte", "--partitions", "4", "--force"]
-    assert cli.main(given) == 2
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.parts").glob("[0-9]*.json")}
-    assert kept
-    assert cli.main([*given, "--on-error", "skip", "--keep-partitions"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert documents(tmp_path / "out") == TEXTS
-
-
-def test_an_input_that_grows_is_not_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "in.jsonl"
-    path.write_bytes(json_lines())
-    make_parts = run._make_parts
-
-    def grow(*arguments: Any) -> Any:
-        parts = make_parts(*arguments)
-        with path.open("ab") as file:
-            file.write(json_lines())
-        return parts
-
-    monkeypatch.setattr(run, "_make_parts", grow)
-    with pytest.raises(ValueError, match=r"in\.jsonl changed while it was read"):
-        preprocess(tmp_path / "out", "--input", path)
-    assert not list(tmp_path.glob("out_*"))
-
-
-@pytest.mark.parametrize("prefix", ["/proc/none/x", "{folder}/in.jsonl/x"])
-def test_where_nothing_can_be_written(tmp_path: Path, prefix: str) -> None:
-    (tmp_path / "in.jsonl").write_bytes(json_lines())
-    with pytest.raises(ValueError, match="cannot write to .*; give another --output-prefix"):
-        preprocess(prefix.format(folder=tmp_path), "--input", tmp_path / "in.jsonl")
 
 
 @pytest.mark.usefixtures("inline")
@@ -201,6 +176,40 @@ def test_what_is_there_is_kept_or_in_the_way(tmp_path: Path, capsys: pytest.Capt
         (tmp_path / f"out_text_document.{suffix}").unlink()
     with pytest.raises(ValueError, match=r"out_text_document\.bin is there; --force"):
         preprocess(prefix, *given)
+
+
+@pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize("policy", ["fail", "skip"])
+@pytest.mark.parametrize("change", ["shorter", "longer", "touched", "gone"])
+def test_an_input_that_changes_meanwhile(
+    policy: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, prefix = tmp_path / "in.jsonl", tmp_path / "out"
+    path.write_bytes(json_lines())
+    content = path.read_bytes()
+    half = content.index(b"\n", len(content) // 2) + 1
+
+    class Changing(InlinePool):
+        def run(self, *arguments: Any) -> Any:
+            for number, result in enumerate(super().run(*arguments)):
+                if number == 0 and change == "shorter":
+                    path.write_bytes(content[:half])
+                yield result
+            if change == "longer":
+                path.write_bytes(content + b'{"text": "more"}\n')
+            elif change == "touched":
+                path.write_bytes(content[::-1])
+            elif change == "gone":
+                path.unlink()
+
+    monkeypatch.setattr(run, "Pool", Changing)
+    said = {
+        "shorter": rf"in\.jsonl: the file ended at byte {half} of \d+: it changed while it was read",
+        "gone": r"cannot read .*in\.jsonl: No such file",
+    }.get(change, r"in\.jsonl changed while it was read")
+    with pytest.raises(ValueError, match=said):
+        preprocess(prefix, "--input", path, "--partitions", 3, "--on-error", policy)
+    assert not list(tmp_path.glob("out_text_document*"))
 
 
 @pytest.mark.usefixtures("inline")
@@ -255,6 +264,79 @@ def test_partitions_of_another_job_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"thesis\.txt, which is none of ours"):
         preprocess(prefix, *given, "--force")
     assert (parts / "thesis.txt").exists()
+
+
+@pytest.mark.usefixtures("inline")
+def test_the_policy_may_change_where_nothing_was_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(json_lines() + b"broken\n")
+    given = ("--input", tmp_path / "in.jsonl", "--partitions", 3, "--keep-partitions")
+    preprocess(tmp_path / "out", *given, "--on-error", "skip")
+    with pytest.raises(ValueError, match="made with --on-error skip and lacks 1 bad records; --force"):
+        preprocess(tmp_path / "out", *given)
+    for path in tmp_path.glob("out_text_document.*"):
+        path.unlink()
+    with pytest.raises(BadRecord, match="line 61: broken JSON"):  # the partition is made again
+        preprocess(tmp_path / "out", *given)
+    assert "going on: 2 of 3" in capsys.readouterr().err
+
+    (tmp_path / "in.jsonl").write_bytes(json_lines())
+    preprocess(tmp_path / "all", *given)
+    capsys.readouterr()
+    preprocess(tmp_path / "all", *given, "--on-error", "skip")
+    assert capsys.readouterr().out.startswith("kept ")
+
+
+@pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize("more", [(), ("--force",)])
+def test_force_goes_on_where_it_was(
+    more: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [*write_inputs("jsonl", tmp_path / "in"), "--partitions", 3, "--keep-partitions"]
+    prefix = tmp_path / "out"
+    preprocess(prefix, *given)
+    (tmp_path / "out.parts" / "000001.json").write_text("not what force wants")
+
+    class Killed(InlinePool):
+        def run(self, *arguments: Any) -> Any:
+            yield next(super().run(*arguments))
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "Pool", Killed)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(prefix, *given, "--append-eod", "--force")
+    assert len(marks(prefix)) == 1
+    capsys.readouterr()
+    preprocess(prefix, *given, "--append-eod", *more)
+    assert "going on: 1 of 3 partitions are finished" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out_text_document.json").read_text())["append_eod"]
+    preprocess(prefix, *given, "--append-eod")
+    assert capsys.readouterr().out.startswith("kept ")
+    preprocess(prefix, *given, "--append-eod", "--force")
+    assert "going on" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_job_without_a_finished_partition_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"broken\n")
+    with pytest.raises(BadRecord):
+        preprocess(tmp_path / "out", "--input", tmp_path / "in.jsonl")
+    (tmp_path / "in.jsonl").write_bytes(json_lines())
+    preprocess(tmp_path / "out", "--input", tmp_path / "in.jsonl")
+    assert documents(tmp_path / "out") == TEXTS
+
+
+@pytest.mark.parametrize("where", ["/proc/nothing/x", "in.jsonl/x"])
+def test_an_output_that_cannot_be(where: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_bytes(json_lines())
+    given = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", "byte"]
+    assert cli.main(["preprocess", "--output-prefix", str(tmp_path / where), *given]) == 2
+    assert re.search(r"--output-prefix: cannot write to .*/x\.parts: ", capfd.readouterr().err)
 
 
 def test_one_command_at_a_time(tmp_path: Path) -> None:
@@ -357,16 +439,29 @@ def test_going_on_after_kill_9(slow: Path, expected: dict[str, bytes], tmp_path:
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c(slow: Path, expected: dict[str, bytes], tmp_path: Path, number: int, status: int) -> None:
+def test_ctrl_c(slow: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     prefix = tmp_path / "out"
     process = start(slow, prefix)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == status
+    assert process.returncode == 130
     assert re.search(
         r"interrupted; \d+ of 12 partitions are finished and kept in .*; the same command goes on", err
     )
+    assert "Traceback" not in err and not workers_of(prefix)
+    assert not list(Path(f"{prefix}.parts").glob("*.tmp"))
+    subprocess.run(command(slow, prefix, "--partitions", "12"), check=True, capture_output=True)
+    assert files(prefix) == expected
+
+
+def test_sigterm_to_all_processes(slow: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    prefix = tmp_path / "out"
+    process = start(slow, prefix, "--workers", "2")
+    for pid in [*workers_of(prefix, but=process.pid), process.pid, process.pid]:  # as Slurm does
+        os.kill(pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert re.search(r"stopped by SIGTERM; \d+ of 12 partitions are finished .*the same command goes on", err)
     assert "Traceback" not in err and not workers_of(prefix)
     assert not list(Path(f"{prefix}.parts").glob("*.tmp"))
     subprocess.run(command(slow, prefix, "--partitions", "12"), check=True, capture_output=True)
@@ -382,7 +477,8 @@ def test_a_worker_that_is_killed(slow: Path, tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.search(
-        r"the worker of partition \d+ of 12 \(.*in\.jsonl\) was killed, by hand or for want of memory", err
+        r"the worker of partition \d+ of 12 \(.*in\.jsonl\) was killed \(by hand, or by the out-of-memory",
+        err,
     )
     assert "Traceback" not in err and not workers_of(prefix)
     assert not list(tmp_path.glob("out_text_document*"))
@@ -398,7 +494,9 @@ def test_a_full_disk(slow: Path, expected: dict[str, bytes], tmp_path: Path) -> 
     arguments = command(slow, prefix, "--partitions", "12")
     process = subprocess.run(arguments, capture_output=True, text=True, preexec_fn=limit)
     assert process.returncode == 2, process.stderr
-    assert "File too large; 12 of 12 partitions are finished and kept" in process.stderr
+    assert (
+        "out_text_document.bin: File too large; 12 of 12 partitions are finished and kept" in process.stderr
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"out.parts"}
     process = subprocess.run(command(slow, prefix, "--partitions", "12"), capture_output=True, text=True)
     assert process.returncode == 0 and "12 of 12 partitions are finished" in process.stderr
@@ -408,5 +506,5 @@ def test_a_full_disk(slow: Path, expected: dict[str, bytes], tmp_path: Path) -> 
     arguments = command(slow, prefix, "--partitions", "2")
     process = subprocess.run(arguments, capture_output=True, text=True, preexec_fn=limit)
     assert process.returncode == 2
-    assert "cannot write: File too large; 0 of 2 partitions" in process.stderr
+    assert "in_a_worker.parts/000000_text.bin: File too large; 0 of 2 partitions" in process.stderr
     assert {path.name for path in (tmp_path / "in_a_worker.parts").iterdir()} == {"job.json", "lock"}

@@ -4,16 +4,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow
 import pytest
 import zstandard
-from preprocess_jobs import TEXTS, json_lines, write_inputs, write_parquet
+from preprocess_jobs import TEXTS, json_lines, setup, write_inputs, write_parquet
 from pyarrow import parquet
 
 from megatsp.data.preprocess import sources
 from megatsp.data.preprocess.inputs import kind_of
+from megatsp.data.preprocess.part import BadRecord, write_part
 from megatsp.data.preprocess.sources import Bad, Piece, Position, message, num_row_groups, records, texts_of
+from megatsp.data.tokenizer import ByteTokenizer
 
 LIMIT = 1000
 
@@ -126,55 +127,54 @@ def test_damaged_compressed_files(kind: str, damage: str, tmp_path: Path) -> Non
         assert last.startswith(f"{path}: unreadable file")
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_an_empty_compressed_file_is_truncated(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"a.jsonl{suffix}"
-    path.touch()
-    assert messages(piece_of(path)) == [f"{path}: truncated file: the compressed data ends after it"]
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "txt.gz", "txt.zst"])
+def test_an_empty_compressed_file_is_truncated(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(b"")
+    assert messages(piece_of(path)) == [f"{path}: truncated file: the compressed data ends at once"]
+    path.write_bytes(gzip.compress(b"") if kind.endswith("gz") else zstandard.compress(b""))
+    assert [bad.split(": ")[1] for bad in messages(piece_of(path))] == ["empty document"] * ("txt" in kind)
 
 
-def test_suffixes_in_capitals_are_suffixes(tmp_path: Path) -> None:
-    path = tmp_path / "A.JSONL.GZ"
-    path.write_bytes(gzip.compress(json_lines(["a", "b"])))
-    assert [texts for _, texts in read(piece_of(path))] == [["a"], ["b"]]
+def test_suffixes_in_upper_case(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(json_lines(["a"])))
+    assert read(piece_of(tmp_path / "A.JSONL.GZ")) == [(1, ["a"])]
 
 
-def test_long_windows_of_zstd(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl.zst"
-    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
-    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
-    path.write_bytes(frame.compress(json_lines(["a"])) + frame.flush())
-    assert [texts for _, texts in read(piece_of(path))] == [["a"]]
+def test_zstd_with_a_long_window(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=False, hash_log=6, chain_log=6)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    content = compressor.compress(json_lines(["a"])) + compressor.flush()
+    assert zstandard.get_frame_parameters(content).window_size == 1 << 28
+    (tmp_path / "a.jsonl.zst").write_bytes(content)
+    assert read(piece_of(tmp_path / "a.jsonl.zst")) == [(1, ["a"])]
 
 
-def test_a_file_that_became_shorter_ends_the_job(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(json_lines(["a", "b", "c"]))
-    piece = piece_of(path)
-    path.write_bytes(json_lines(["a", "b"]))
-    with pytest.raises(ValueError, match="ended at byte .* of .*: it changed while it was read"):
-        read(piece)
-
-
-def test_a_json_array_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", [b'[{"text": "a"}, {"text": "b"}]', b'[\n{"text": "a"},\n{"text": "b"}\n]', b"[" * 8000]
+)
+def test_a_json_array(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
     path = tmp_path / "a.json"
-    path.write_text('[\n {"text": "a"}\n]\n')
-    assert messages(piece_of(path))[0] == (
-        f"{path} line 1: no JSON object: a JSON array; what is read is one object a line"
-    )
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert messages(piece_of(path))[0].endswith(": a JSON array; one object a line is read")
 
 
 def test_text_files(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("a\r\né".encode())
     assert read(piece_of(path)) == [(1, ["a\r\né"])]
-    path.write_bytes(b"\xef\xbb\xbfmarked")
-    assert read(piece_of(path)) == [(1, ["marked"])]
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"zipped"))
     assert read(piece_of(tmp_path / "a.txt.gz")) == [(1, ["zipped"])]
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a" * 1001))
+    said = "longer than --max-document-bytes 1000: when decompressed"
+    assert messages(piece_of(tmp_path / "a.txt.gz")) == [f"{tmp_path}/a.txt.gz: {said}"]
+    path.write_bytes(b"\xef\xbb\xbfmarked")
+    assert read(piece_of(path)) == [(1, ["marked"])]
     for content, said in [
         (b"", "empty document"),
         (b"a\xffb", "bad UTF-8: byte 0xFF at byte 1"),
+        (b"\xef\xbb\xbf", "empty document"),
         (b"a" * 1001, "longer than --max-document-bytes 1000: 1001 bytes"),
     ]:
         path.write_bytes(content)
@@ -183,49 +183,6 @@ def test_text_files(tmp_path: Path) -> None:
     assert messages(Piece("text", str(path), 0, 1, 1)) == [
         f"{path}: unreadable file: No such file or directory"
     ]
-
-
-def bad_utf8_table() -> Any:
-    """Five rows, the third of which is no UTF-8."""
-    values = [b"a", "é".encode(), b"b\xffc", b"d", b"e"]
-    return pyarrow.table({"text": pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())})
-
-
-@pytest.mark.parametrize("kind", ["parquet", "dataset"])
-def test_bad_utf8_in_tables_is_that_rows(kind: str, tmp_path: Path) -> None:
-    path, dataset = tmp_path / "a.parquet", None
-    if kind == "parquet":
-        parquet.write_table(bad_utf8_table(), path)
-        piece = piece_of(path)
-    else:
-        dataset = datasets.Dataset(bad_utf8_table())
-        piece = Piece("dataset", "set", 0, 5, 100)
-    found = list(records(piece, ["text"], LIMIT, Position(), dataset))
-    assert [number for number, _ in found] == [1, 2, 3, 4, 5]
-    assert [content["text"] for _, content in found if isinstance(content, dict)] == ["a", "é", "d", "e"]
-    assert found[2][1] == Bad("bad UTF-8", "byte 0xFF at byte 1")
-
-
-@pytest.mark.parametrize("ends", [(7,), (1, 7), (3, 4, 7), (1, 2, 3, 4, 5, 6, 7)])
-def test_a_damaged_row_group_costs_its_own_rows_however_the_file_is_cut(
-    ends: tuple[int, ...], tmp_path: Path
-) -> None:
-    path = tmp_path / "a.parquet"
-    texts = [f"{i} {os.urandom(40).hex()}" for i in range(70)]
-    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=10, compression="zstd")
-    column = parquet.ParquetFile(path).metadata.row_group(3).column(0)
-    content = bytearray(path.read_bytes())
-    begin = column.dictionary_page_offset or column.data_page_offset
-    content[begin : begin + column.total_compressed_size] = bytes(column.total_compressed_size)
-    path.write_bytes(content)
-    found, begin = [], 0
-    for end in ends:
-        found += records(Piece("parquet", str(path), begin, end, 10), ["text"], LIMIT, Position())
-        begin = end
-    good = [(number, content["text"]) for number, content in found if isinstance(content, dict)]
-    assert good == [(i + 1, text) for i, text in enumerate(texts) if not 30 <= i < 40]
-    (bad,) = [content for _, content in found if isinstance(content, Bad)]
-    assert bad.reason == "unreadable rows" and bad.detail.startswith("rows 31 to 40: ")
 
 
 def test_bad_parquet(tmp_path: Path) -> None:
@@ -239,9 +196,78 @@ def test_bad_parquet(tmp_path: Path) -> None:
     ]
     assert messages(piece_of(path), "id")[0] == f"{path} row 1: id is no text: it is a number"
     path.write_bytes(path.read_bytes()[:-20])
-    assert f"{path}: unreadable file: " in messages(Piece("parquet", str(path), 0, 1, 1))[0]
+    assert "a.parquet: unreadable file: " in messages(Piece("parquet", str(path), 0, 1, 1))[0]
     path.write_bytes(b"")
-    assert f"{path}: unreadable file: " in messages(Piece("parquet", str(path), 0, 1, 1))[0]
+    assert "a.parquet: unreadable file: " in messages(Piece("parquet", str(path), 0, 1, 1))[0]
+
+
+def bad_utf_8() -> pyarrow.Table:
+    """Three texts, of which the second is none."""
+    offsets = pyarrow.array([0, 1, 4, 5], pyarrow.int32()).buffers()[1]
+    texts = pyarrow.Array.from_buffers(
+        pyarrow.string(), 3, [None, offsets, pyarrow.py_buffer(b"a\xc3\xa9\xffb")]
+    )
+    return pyarrow.table({"text": texts})
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_bad_utf_8_in_tables(kind: str, tmp_path: Path) -> None:
+    path, dataset = tmp_path / "a.parquet", None
+    if kind == "parquet":
+        parquet.write_table(bad_utf_8(), path)
+        piece = piece_of(path)
+    else:
+        import datasets
+
+        dataset, piece = datasets.Dataset(bad_utf_8()), Piece(kind, "name[train]", 0, 3, 10)
+    said = "bad UTF-8: byte 0xFF at byte 2 of a text"
+    assert [number for number, _ in read(piece, dataset=dataset)] == [1, 2, 3]
+    assert [texts for _, texts in read(piece, dataset=dataset) if isinstance(texts, list)] == [["a"], ["b"]]
+    assert messages(piece, dataset=dataset) == [f"{piece.path} row 2: {said}"]
+    with pytest.raises(BadRecord, match=f"row 2: {said}"):
+        write_part(setup(tmp_path, dataset=dataset), ByteTokenizer(), None, 0, [piece])
+    job = setup(tmp_path, dataset=dataset, skip=True)
+    part = write_part(job, ByteTokenizer(), None, 0, [piece])
+    assert part.rejects == {"bad UTF-8": 1} and part.counts["text"].documents == 2
+
+
+def test_rows_that_a_data_set_cannot_give(tmp_path: Path) -> None:
+    class Broken:
+        column_names = ("text",)
+
+        def select_columns(self, _: Any) -> "Broken":
+            return self
+
+        with_format = select_columns
+
+        def __getitem__(self, rows: slice) -> Any:
+            if rows.start <= 1 < rows.stop:
+                raise pyarrow.ArrowInvalid("it is broken")
+            return {"text": [f"row {rows.start}"]}
+
+    piece = Piece("dataset", "name[train]", 0, 3, 10)
+    assert [texts for _, texts in read(piece, dataset=Broken())] == [
+        ["row 0"],
+        Bad("unreadable row", "it is broken"),
+        ["row 2"],
+    ]
+
+
+def test_a_row_group_that_is_broken_costs_itself(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, {"text": TEXTS, "id": list(range(len(TEXTS)))})
+    with parquet.ParquetFile(path) as file:
+        chunk = file.metadata.row_group(3).column(0)
+    content = bytearray(path.read_bytes())
+    begin = chunk.dictionary_page_offset or chunk.data_page_offset
+    content[begin : begin + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
+    path.write_bytes(content)
+    found = read(piece_of(path))
+    assert [texts for _, texts in found if isinstance(texts, list)] == [[t] for t in TEXTS[:21] + TEXTS[28:]]
+    assert [number for number, _ in found] == [*range(1, 22), 0, *range(29, 61)]
+    (said,) = messages(piece_of(path))
+    assert said.startswith(f"{path}: unreadable rows: rows 22 to 28 cannot be read: ")
+    assert read(piece_of(path, 2, 5)) == [(n, t) for n, t in found if 15 <= n <= 35 or not n]
 
 
 def test_only_needed_columns_are_read(tmp_path: Path) -> None:
