@@ -40,13 +40,13 @@ class Tokenizer(ABC):
     def vocab_size(self) -> int:
         """One more than the largest id."""
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; no special token arises from it and none is added.
 
         Raises:
             ValueError: the text holds a lone surrogate, which has no UTF-8.
         """
+        return list(self.encode_batch([text])[0])
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]:

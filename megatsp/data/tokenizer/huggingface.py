@@ -84,10 +84,6 @@ class HuggingFaceTokenizer(Tokenizer):
         """One more than the largest id, added tokens included."""
         return self._vocab_size
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without any special token."""
-        return self.encode_batch([text])[0]
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text. The library's threads take part unless TOKENIZERS_PARALLELISM is false."""
         ids: list[list[int]] = []

@@ -55,10 +55,6 @@ class SentencePieceTokenizer(Tokenizer):
         """The model's number of pieces."""
         return self._vocab_size
 
-    def encode(self, text: str) -> list[int]:
-        """The library's ids of `text`."""
-        return self.encode_batch([text])[0]
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The library's ids of each text, in this thread."""
         for text in texts:
