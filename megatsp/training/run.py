@@ -80,7 +80,8 @@ class Training:
         self.state = RunState(data_key=self.data.key)
         self.saved_at = 0
         if self.resumed_from is not None:
-            self.state = checkpoint.load(self.resumed_from, self.gpt, self.optimizer.tensors())
+            saved = checkpoint.load(self.resumed_from, self.gpt, self.optimizer.tensors())
+            self.state = replace(saved, data_key=self.data.key)  # the same, or not known then
             self.optimizer.loaded(self.state.iteration)
             self.saved_at = self.state.iteration
         self.is_first = dist.get_rank() == 0
