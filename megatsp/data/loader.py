@@ -65,16 +65,17 @@ class Loader:
 
     def __init__(self, blend: Blend, consumed: int, share: Share, config: DataConfig, pin: bool) -> None:
         workers = config.num_workers
-        several: dict[str, Any] = dict(
+        ahead: dict[str, Any] = dict(
             num_workers=workers, prefetch_factor=config.prefetch_factor, multiprocessing_context="forkserver",
-            worker_init_fn=_prepare, pin_memory=pin,
+            worker_init_fn=_prepare,
         )  # fmt: skip
         loader = DataLoader(
             _Reader(blend, share.spans),
             batch_size=None,  # a draw of the sampler is a whole micro-batch
             sampler=_Order(blend, consumed, share),
             generator=torch.Generator(),  # it draws a seed, which nothing here uses
-            **(several if workers else dict(pin_memory=pin)),
+            pin_memory=pin,
+            **(ahead if workers else {}),
         )
         self._iterator: Iterator[HostBatch | str] | None = iter(loader)  # processes start, and read ahead
 

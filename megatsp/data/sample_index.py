@@ -34,6 +34,8 @@ PATIENCE_S = 5.0  # a longer wait is said
 STALE_S = 24 * 3600.0  # no build takes so long
 CONCAT = np.dtype([("position", "<i8"), ("offset", "<i8")])  # of a sample's first token, in the order
 
+Built = tuple[int, dict[str, int], dict[str, int]]  # samples, rows of each array, facts about the documents
+
 
 class DocumentOrder:
     """The documents of one split in a seeded order: a range of a permutation of the corpus.
@@ -121,26 +123,21 @@ def open_index(
         "long_documents": "" if packing == "concat" else long_documents,
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
-    folders = _Folders(corpus, cache)
-    for folder in folders:
+    for folder in _folders(corpus, cache):
         if _is_whole(folder / key, description):
             return SampleIndex(folder / key)
 
     def build(folder: Path) -> None:
         if packing == "concat":
-            counts, facts = _build_concat(folder, corpus, order, seq_length)
+            built = _build_concat(folder, corpus, order, seq_length)
         else:
-            counts, facts = _build_packed(folder, corpus, order, seq_length, packing, long_documents)
-        meta = {
-            "num_samples": counts.get("starts", counts.get("concat", 1)) - 1,
-            "counts": counts,
-            "facts": facts,
-        }
+            built = _build_packed(folder, corpus, order, seq_length, packing, long_documents)
+        meta = dict(zip(("num_samples", "counts", "facts"), built, strict=True))
         (folder / "meta.json").write_text(json.dumps({**meta, "description": description}))
 
     with _lock(key, corpus.source):
         refusals = []
-        for folder in folders:
+        for folder in _folders(corpus, cache):
             if _is_whole(folder / key, description):  # the process that held the lock has built it
                 return SampleIndex(folder / key)
             try:
@@ -155,18 +152,13 @@ def open_index(
     )
 
 
-class _Folders:
-    """Where an index may be, best first; what is temporary is not asked for while another has it."""
-
-    def __init__(self, corpus: Corpus, cache: str) -> None:
-        self._corpus, self._cache = corpus, cache
-
-    def __iter__(self) -> Iterator[Path]:
-        if self._cache:
-            yield Path(self._cache)
-        else:
-            yield Path(self._corpus.shards[0].prefix).parent / ".sample_index"
-            yield _own_folder() / "sample_index"
+def _folders(corpus: Corpus, cache: str) -> Iterator[Path]:
+    """Where an index may be, best first; the temporary folder is touched only when it is come to."""
+    if cache:
+        yield Path(cache)
+    else:
+        yield Path(corpus.shards[0].prefix).parent / ".sample_index"
+        yield _own_folder() / "sample_index"
 
 
 def _own_folder() -> Path:
@@ -232,11 +224,9 @@ def _write(folder: Path, key: str, build: Callable[[Path], None], source: str) -
         print(f"indexed {source} in {seconds:.0f} s: {folder / key}", file=sys.stderr, flush=True)
 
 
-def _build_concat(
-    folder: Path, corpus: Corpus, order: DocumentOrder, seq_length: int
-) -> tuple[dict[str, int], dict[str, int]]:
+def _build_concat(folder: Path, corpus: Corpus, order: DocumentOrder, seq_length: int) -> Built:
     """Sample i is tokens i T to i T + T of the stream, and one more as its last label."""
-    tokens, position, samples = 0, 0, 0
+    tokens, position, boundaries = 0, 0, 0
     with (folder / "concat").open("wb") as file:
         for documents in order.chunks():
             ends = tokens + np.cumsum(corpus.sizes(documents))
@@ -246,15 +236,15 @@ def _build_concat(
             at = np.searchsorted(ends, starts, side="right")
             begins = np.concatenate([[tokens], ends[:-1]])[at]
             _append(file, CONCAT, position=position + at, offset=starts - begins)
-            samples += len(starts)
+            boundaries += len(starts)
             tokens, position = stop, position + len(documents)
     # A boundary that has no token after it ends no sample; the last one that has only ends one.
-    return {"concat": samples}, {"documents": len(order), "tokens": tokens}
+    return max(0, boundaries - 1), {"concat": boundaries}, {"documents": len(order), "tokens": tokens}
 
 
 def _build_packed(
     folder: Path, corpus: Corpus, order: DocumentOrder, seq_length: int, packing: str, long_documents: str
-) -> tuple[dict[str, int], dict[str, int]]:
+) -> Built:
     facts = {"documents": len(order), "tokens": 0, "truncated": 0, "dropped": 0, "empty": 0, "inputs": 0}
 
     def chunks() -> Iterator[np.ndarray]:
@@ -275,7 +265,7 @@ def _build_packed(
             pieces.tofile(pieces_file)
             (total + np.cumsum(counts)).astype("<i8").tofile(starts_file)
             total, samples = total + len(pieces), samples + len(counts)
-    return {"pieces": total, "starts": samples + 1}, facts
+    return samples, {"pieces": total, "starts": samples + 1}, facts
 
 
 def _append(file: IO[bytes], dtype: np.dtype, **columns: np.ndarray) -> None:

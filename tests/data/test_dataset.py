@@ -2,11 +2,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from corpora import EOD, roles_of, some_sizes, splits, tokens_of, train, write
 
 from megatsp.data.corpus import Corpus
 from megatsp.data.dataset import SampledCorpus
 from megatsp.data.indexed import IndexedWriter
+from megatsp.data.permutation import Permutation
 from megatsp.data.splits import split_documents
 from megatsp.data.tokenizer import ByteTokenizer
 
@@ -205,7 +207,6 @@ def test_ids_outside_the_vocabulary_are_found_in_foreign_data(tmp_path):
 
 def test_documents_without_tokens_in_foreign_data(tmp_path):
     indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    torch = pytest.importorskip("torch")
     builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "foreign.bin"), dtype=np.uint16)
     contents = [[1, 2, 3], [], [4], [5, 6], []]
     for content in contents:
@@ -219,6 +220,18 @@ def test_documents_without_tokens_in_foreign_data(tmp_path):
         labels = [int(x) for i in range(len(data)) for x, m in zip(*data.sample(i)[1:3], strict=True) if m]
         expected = [2, 3, 6] if packing != "concat" else stream[1 : 1 + 2 * len(data)]
         assert sorted(labels) == sorted(expected)
+
+
+def test_a_split_without_a_token_is_too_small(tmp_path):
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "foreign.bin"), dtype=np.uint16)
+    for content in [[1, 2, 3]] * 3 + [[]]:
+        builder.add_item(torch.tensor(content, dtype=torch.int64))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "foreign.idx"))
+    seed = next(s for s in range(99) if Permutation(4, s, "documents")(np.arange(4))[0] == 3)
+    with pytest.raises(ValueError, match=r"the valid split of .* has 0 tokens in 1 documents"):
+        samples(tmp_path / "foreign", seq_length=2, valid_fraction=0.25, seed=seed)
 
 
 def test_a_folder_of_shards_is_one_corpus(tmp_path):
