@@ -22,7 +22,9 @@ def key(default: Any, text: str, unit: str = "", choices: tuple[str, ...] = (), 
 @dataclass(frozen=True)
 class RotaryScaling:
     type: str = key(
-        "none", "how rotary frequencies are rescaled for long context", choices=("none", "linear", "llama3")
+        "none",
+        "how rotary frequencies are rescaled for long context",
+        choices=("none", "linear", "llama3", "yarn"),
     )
     factor: float = key(1.0, "context extension factor", within="[1, inf)")
     low_freq_factor: float = key(
@@ -32,7 +34,16 @@ class RotaryScaling:
         4.0, "llama3: wavelengths below original/high_freq_factor are kept", within="(0, inf)"
     )
     original_max_position_embeddings: int = key(
-        8192, "llama3: context length before the extension", "tokens", within="[1, inf)"
+        8192, "llama3, yarn: context length before the extension", "tokens", within="[1, inf)"
+    )
+    beta_fast: float = key(
+        32.0, "yarn: frequencies that turn more often in the original context are kept", within="(0, inf)"
+    )
+    beta_slow: float = key(
+        1.0, "yarn: frequencies that turn less often are divided by factor", within="(0, inf)"
+    )
+    attention_factor: float = key(
+        0.0, "yarn: factor of cosines and sines; 0: 0.1 ln(factor) + 1", within="[0, inf)"
     )
 
 
@@ -53,7 +64,29 @@ class ModelConfig:
     )
     norm_epsilon: float = key(1e-5, "added to the mean square in RMSNorm", within="(0, inf)")
     add_qkv_bias: bool = key(False, "biases on the query, key and value projections (Qwen2)")
-    qk_layernorm: bool = key(False, "RMSNorm on each query and key head (Qwen3)")
+    qk_layernorm: bool = key(False, "RMSNorm on queries and keys (Qwen3, OLMo2)")
+    qk_layernorm_width: str = key(
+        "head",
+        "qk_layernorm: over each head (Qwen3), or over all heads together (OLMo2)",
+        choices=("head", "all"),
+    )
+    norm_position: str = key(
+        "before",
+        "RMSNorm of what attention and the MLP read (Llama), or of what they give (OLMo2)",
+        choices=("before", "after"),
+    )
+    no_rope_freq: int = key(
+        0,
+        "every so many layers one, the last of them, has no rotary embedding (SmolLM3); 0: all have it",
+        "layers",
+        within="[0, inf)",
+    )
+    max_position_embeddings: int = key(
+        0,
+        "context length that an exported model says it has; 0: trainer.seq_length",
+        "tokens",
+        within="[0, inf)",
+    )
     untie_embeddings_and_output_weights: bool = key(False, "give the output head a matrix of its own")
     init_method_std: float = key(0.02, "standard deviation of the initial weights", within="(0, inf)")
 
@@ -230,6 +263,45 @@ class CheckpointConfig:
     )
 
 
+# The matrices of a layer, by their names in a Hugging Face checkpoint.
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """`megatsp sft`: what is tuned, and what becomes of it."""
+
+    hf: str = key(
+        "", "the Hugging Face checkpoint to tune: its folder, or its name on the hub; empty: first weights"
+    )
+    verify: bool = key(
+        True, "hold imported and exported models' logits against transformers'; false: trust them"
+    )
+    lora_rank: int = key(
+        0,
+        "rank r of the low-rank adapters (LoRA), which alone are tuned; 0: all weights are",
+        within="[0, inf)",
+    )
+    lora_alpha: float = key(16.0, "adapters are scaled by lora_alpha / lora_rank", within="(0, inf)")
+    lora_targets: list[str] = key(list(MATRICES), f"matrices with adapters: of {', '.join(MATRICES)}")
+    early_stopping: int = key(
+        0,
+        "stop after so many evaluations without a lower validation loss; 0: never",
+        "evaluations",
+        within="[0, inf)",
+    )
+    export: str = key(
+        "best",
+        "what is given back to Hugging Face at the end: the checkpoint of the lowest validation loss (the "
+        "last one, if there is no validation), the last one, or none",
+        choices=("best", "last", "none"),
+    )
+    export_dtype: str = key(
+        "auto", "type of exported weights; auto: as imported", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    lora_merge: bool = key(False, "export the tuned weights too, adapters added, not adapters alone")
+
+
 @dataclass(frozen=True)
 class LoggingConfig:
     log_interval: int = key(10, "log every so many iterations", "iterations", within="[1, inf)")
@@ -265,5 +337,6 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
