@@ -87,7 +87,7 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
     _check_attention(config, axes.device)
     with torch.device("meta"):
         gpt = GPT(config.model)
-    _shard(gpt, config.parallel, axes)
+    shard(gpt, config.parallel, axes)
     if axes.has_fsdp:
         _apply_fsdp(gpt, DTYPES[config.trainer.dtype], axes)
     with fake or nullcontext():
@@ -114,7 +114,7 @@ def _check_attention(config: Config, device: torch.device) -> None:
         )
 
 
-def _shard(gpt: GPT, parallel: ParallelConfig, axes: Axes) -> None:
+def shard(gpt: GPT, parallel: ParallelConfig, axes: Axes) -> None:
     """Replaces every parameter by a DTensor on the axis that cuts weights (still without data)."""
     for name, parameter in list(gpt.named_parameters()):
         module_name, _, kind = name.rpartition(".")
