@@ -87,14 +87,14 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
     _check_attention(config, axes.device)
     with torch.device("meta"):
         gpt = GPT(config.model)
-    _shard(gpt, config.parallel, axes)
+    shard(gpt, config.parallel, axes)
     if axes.has_fsdp:
         _apply_fsdp(gpt, DTYPES[config.trainer.dtype], axes)
     with fake or nullcontext():
         gpt.to_empty(device=axes.device)
     if fake is None:
         _initialise(gpt, config, axes)
-    _attach_streams(gpt, config, axes, fake is not None)
+    attach_streams(gpt, config, axes, fake is not None)
     return gpt
 
 
@@ -114,7 +114,7 @@ def _check_attention(config: Config, device: torch.device) -> None:
         )
 
 
-def _shard(gpt: GPT, parallel: ParallelConfig, axes: Axes) -> None:
+def shard(gpt: GPT, parallel: ParallelConfig, axes: Axes) -> None:
     """Replaces every parameter by a DTensor on the axis that cuts weights (still without data)."""
     for name, parameter in list(gpt.named_parameters()):
         module_name, _, kind = name.rpartition(".")
@@ -303,7 +303,7 @@ def share(length: int, rank: int, ranks: int) -> tuple[int, int]:
     return min(length, chunk * rank), min(length, chunk * (rank + 1))
 
 
-def _attach_streams(gpt: GPT, config: Config, axes: Axes, fake: bool) -> None:
+def attach_streams(gpt: GPT, config: Config, axes: Axes, fake: bool) -> None:
     """Gives embedding, layers and head what computes them on this mesh."""
     model, parallel, dtype = config.model, config.parallel, DTYPES[config.trainer.dtype]
     all_parts = parts(model, parallel, axes.tp.rank)
