@@ -16,6 +16,7 @@ from megatsp.cp.sequence import SequenceAttention
 from megatsp.schema import ModelConfig
 from megatsp.tsp.buckets import Bucket, Columns
 from megatsp.tsp.linear import Total
+from megatsp.tsp.lora import NO_ADAPTERS, AdapterGradients, Adapters, Spread
 from megatsp.tsp.operations import Kernels
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
@@ -96,18 +97,22 @@ class StreamedAttention:
         positions: Positions,
         keep_projected: bool,
         following: Callable[[], None] | None,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[Tensor, dict[int, SavedBucket]]:
         """x: [B, T/D, h], normalised. Returns y like x (see `Total`), and what backward needs, by step."""
         rows, y, saved = x.flatten(0, 1), Total(self._stream.steps), {}
+        low, low_out = adapters.spread(rows, 0, 3), adapters.collect(3, 4, self._stream.steps)
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
-            projected = self._project(rows, columns, bucket, vectors)
+            projected = self._project(rows, columns, bucket, vectors, low)
             q, k, v = self._heads(projected.view(*x.shape[:2], -1), bucket, vectors, positions)
             out, lse = self._sequence.forward(q, k, v, positions.documents)
             y.add(_rows(out), columns.pieces[3].t())
+            low_out.add(_rows(out), bucket)
             saved[step] = SavedBucket(out, lse, projected if keep_projected else None)
 
         self._stream.walk(weights, use, following)
+        low_out.add_to(y)
         return y.value(x.shape), saved
 
     def backward(
@@ -119,22 +124,32 @@ class StreamedAttention:
         positions: Positions,
         saved: dict[int, SavedBucket],
         following: Callable[[], None] | None,
-    ) -> tuple[Tensor, Gradients, HeadVectors]:
+        adapters: Adapters = NO_ADAPTERS,
+        frozen: bool = False,
+        need_dx: bool = True,
+    ) -> tuple[Tensor | None, Gradients, HeadVectors, AdapterGradients]:
         """dy: [B, T/D, h] in the compute dtype. Empties `saved` as it goes.
 
-        Returns dx (see `Total`), the weight gradients (the last bucket's still on its way: see
-        `Gradients.finish`), and the LOCAL tokens' share of the vectors' gradients.
+        Returns dx (see `Total`; None if not needed), the weight gradients (the last bucket's still on its
+        way: see `Gradients.finish`), and the LOCAL tokens' share of the vectors' and adapters' gradients.
+        Frozen weights and vectors have no gradients.
         """
-        rows, drows, dvectors = x.flatten(0, 1), dy.flatten(0, 1), vectors.zeros()
-        dx, gradients = Total(self._stream.steps), self._stream.gradients(weights)
+        steps = self._stream.steps
+        rows, drows = x.flatten(0, 1), dy.flatten(0, 1)
+        dvectors = HeadVectors() if frozen else vectors.zeros()
+        dx, gradients = Total(steps), self._stream.gradients(weights, frozen)
+        low, dlow_out = adapters.spread(rows, 0, 3), adapters.spread(drows, 3, 4)
+        dlow, low_out = adapters.collect(0, 3, steps), adapters.collect(3, 4, steps)
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
             kept = saved.pop(step)
             projected = kept.projected
             if projected is None:
-                projected = self._project(rows, columns, bucket, vectors)
+                projected = self._project(rows, columns, bucket, vectors, low)
             projected = projected.view(*x.shape[:2], -1)
-            dout = columns.times(drows, 3, 4).view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
+            dout_rows = columns.times(drows, 3, 4)
+            dlow_out.add_to(dout_rows, bucket)
+            dout = dout_rows.view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
             dq, kv_gradients = self._sequence.backward(
                 dout, *self._heads(projected, bucket, vectors, positions), kept.out, kept.lse,
                 positions.documents,
@@ -142,19 +157,33 @@ class StreamedAttention:
             dcolumns = gradients.buffer(step)
             # While the gradients of keys and values travel:
             dcolumns.set(3, 4, drows.t(), _rows(kept.out))
+            low_out.add(_rows(kept.out), bucket)
+            dlow_out.learn(_rows(kept.out), bucket)
             dheads = (dq, *kv_gradients())
             dprojected = self._heads_backward(dheads, projected, bucket, vectors, dvectors, positions)
             dprojected = dprojected.flatten(0, 1)
             dcolumns.set(0, 3, rows.t(), dprojected)
             gradients.send(step, dcolumns)
-            dx.add_transposed(dprojected, columns.first(3))
+            dlow.add(dprojected, bucket)
+            low.learn(dprojected, bucket)
+            if need_dx:
+                dx.add_transposed(dprojected, columns.first(3))
 
         self._stream.walk(weights, use, following)
-        return dx.value(x.shape), gradients, dvectors
+        if need_dx:
+            dlow.add_to(dx)
+        dadapters = AdapterGradients(
+            [*dlow.outer_gradients(rows), *low_out.outer_gradients(drows)],
+            [*low.inner_gradients(), *dlow_out.inner_gradients()],
+        )
+        return dx.value(x.shape) if need_dx else None, gradients, dvectors, dadapters
 
-    def _project(self, rows: Tensor, columns: Columns, bucket: Bucket, vectors: HeadVectors) -> Tensor:
+    def _project(
+        self, rows: Tensor, columns: Columns, bucket: Bucket, vectors: HeadVectors, low: Spread
+    ) -> Tensor:
         """[B T/D, h] to the bucket's q, k and v columns, side by side."""
         projected = columns.times(rows, 0, 3)
+        low.add_to(projected, bucket)
         if vectors.biases:
             biases = [b[s.start : s.stop] for b, s in zip(vectors.biases, bucket[:3], strict=True)]
             projected += torch.cat(biases).to(projected.dtype)
@@ -188,13 +217,14 @@ class StreamedAttention:
         for target, dhead in zip(spans, (dq, dk), strict=False):
             self._rotate(dhead, positions.cos, positions.sin, inverse=True, out=target.transpose(1, 2))
         spans[2].copy_(dv.transpose(1, 2))
-        if vectors.gains and dvectors.gains:
+        if vectors.gains:
             inputs = _columns(projected, bucket)
             for i, gain in enumerate(vectors.gains):
                 heads = inputs[i].unflatten(-1, (-1, self._head_width))
                 dhead, dgain = self._norm.rms_norm_backward(spans[i], heads, gain, self._epsilon)
                 spans[i].copy_(dhead)
-                dvectors.gains[i].add_(dgain)
+                if dvectors.gains:
+                    dvectors.gains[i].add_(dgain)
         if dvectors.biases:
             for dbias, span, column in zip(
                 dvectors.biases, bucket[:3], _columns(gradient, bucket), strict=True
