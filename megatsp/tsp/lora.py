@@ -172,6 +172,47 @@ class AdapterGradients:
         return AdapterGradients([*self.outer, *other.outer], [*self.inner, *other.inner])
 
 
+class AdaptersBackward:
+    """The adapters of a part in its backward. All its matrices but the last read x; the last writes y.
+
+    rows, drows: x and dy, [N, h]. Columns are [N, sum of widths] of a bucket's matrices, side by side.
+    """
+
+    def __init__(
+        self, adapters: Adapters, rows: Tensor, drows: Tensor, matrices: int, num_buckets: int
+    ) -> None:
+        last = matrices - 1
+        self.low = adapters.spread(rows, 0, last)  # to what was projected, if that is computed again
+        self._dlow_out = adapters.spread(drows, last, matrices)
+        self._dlow = adapters.collect(0, last, num_buckets)
+        self._low_out = adapters.collect(last, matrices, num_buckets)
+        self._rows, self._drows = rows, drows
+
+    def add_to_output(self, doutput: Tensor, bucket: Bucket) -> None:
+        """Adds to the gradient of what the last matrix was multiplied with."""
+        self._dlow_out.add_to(doutput, bucket)
+
+    def output(self, output: Tensor, bucket: Bucket) -> None:
+        """Takes what the last matrix was multiplied with."""
+        self._low_out.add(output, bucket)
+        self._dlow_out.learn(output, bucket)
+
+    def projected(self, dprojected: Tensor, bucket: Bucket) -> None:
+        """Takes the gradient of what the others gave."""
+        self._dlow.add(dprojected, bucket)
+        self.low.learn(dprojected, bucket)
+
+    def add_to(self, dx: Total) -> None:
+        """Adds the adapters' share to the gradient of x, after the walk."""
+        self._dlow.add_to(dx)
+
+    def gradients(self) -> AdapterGradients:
+        return AdapterGradients(
+            [*self._dlow.outer_gradients(self._rows), *self._low_out.outer_gradients(self._drows)],
+            [*self.low.inner_gradients(), *self._dlow_out.inner_gradients()],
+        )
+
+
 def of_parts(
     pairs: Sequence[AdapterPair], outer: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Adapters, Adapters]:

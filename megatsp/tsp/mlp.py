@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatsp.tsp.buckets import Bucket, Columns
 from megatsp.tsp.linear import Total
-from megatsp.tsp.lora import NO_ADAPTERS, AdapterGradients, Adapters, Spread
+from megatsp.tsp.lora import NO_ADAPTERS, AdapterGradients, Adapters, AdaptersBackward, Spread
 from megatsp.tsp.operations import SwiGLU
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
@@ -67,19 +67,16 @@ class StreamedMLP:
         steps = self._stream.steps
         rows, drows, dx = x.flatten(0, 1), dy.flatten(0, 1), Total(steps)
         gradients = self._stream.gradients(weights, frozen)
-        low, dlow_activation = adapters.spread(rows, 0, 2), adapters.spread(drows, 2, 3)
-        dlow, low_activation = adapters.collect(0, 2, steps), adapters.collect(2, 3, steps)
+        low = AdaptersBackward(adapters, rows, drows, 3, steps)
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
-            gate_up = saved.pop(step) if step in saved else self._project(rows, columns, bucket, low)
+            gate_up = saved.pop(step) if step in saved else self._project(rows, columns, bucket, low.low)
             dactivation = columns.times(drows, 2, 3)
-            dlow_activation.add_to(dactivation, bucket)
+            low.add_to_output(dactivation, bucket)
             dgate_up, activation = self._kernel.swiglu_backward(dactivation, gate_up, inplace=True)
             del gate_up, dactivation
-            low_activation.add(activation, bucket)
-            dlow_activation.learn(activation, bucket)
-            dlow.add(dgate_up, bucket)
-            low.learn(dgate_up, bucket)
+            low.output(activation, bucket)
+            low.projected(dgate_up, bucket)
             dcolumns = gradients.buffer(step)
             dcolumns.set(0, 2, rows.t(), dgate_up)
             dcolumns.set(2, 3, drows.t(), activation)
@@ -87,12 +84,8 @@ class StreamedMLP:
             dx.add_transposed(dgate_up, columns.first(2))
 
         self._stream.walk(weights, use, following)
-        dlow.add_to(dx)
-        dadapters = AdapterGradients(
-            [*dlow.outer_gradients(rows), *low_activation.outer_gradients(drows)],
-            [*low.inner_gradients(), *dlow_activation.inner_gradients()],
-        )
-        return dx.value(x.shape), gradients, dadapters
+        low.add_to(dx)
+        return dx.value(x.shape), gradients, low.gradients()
 
     def _project(self, rows: Tensor, columns: Columns, bucket: Bucket, low: Spread) -> Tensor:
         """[B T/D, h] to the bucket's gate and up columns, side by side."""
