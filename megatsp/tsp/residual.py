@@ -52,7 +52,8 @@ class NormBefore:
 
     def add_and_read(self, x: Tensor, y: Tensor, gain: Tensor, next_gain: Tensor) -> tuple[Tensor, Tensor]:
         del gain
-        return self._norm.add_rms_norm(x, y, next_gain, self._epsilon, inplace=True)
+        # A sum over several buckets may be wider than x: its memory is not the total's then.
+        return self._norm.add_rms_norm(x, y, next_gain, self._epsilon, inplace=y.dtype == x.dtype)
 
     def backward(self, dout: Tensor, x: Tensor, y: Tensor | None, gain: Tensor) -> tuple[Tensor, Finish]:
         del y
