@@ -21,7 +21,7 @@ from megatsp.parallel_rules import (
     resolve_axes,
     split_errors,
 )
-from megatsp.schema import AXES, Config, ModelConfig, RotaryScaling
+from megatsp.schema import AXES, MATRICES, Config, ModelConfig, RotaryScaling
 
 
 def validate(config: Config, world_size: int) -> Config:

@@ -113,11 +113,9 @@ def _read_tensors(
         raise ValueError(f"{WEIGHTS} holds no adapter")
     for module in a:
         out, width = shapes[f"{module}.weight"]
-        found, rank = (tuple(a[module].shape), tuple(b[module].shape)), len(a[module])
-        if found != ((rank, width), (out, rank)):
-            raise ValueError(
-                f"A and B of {module} are {found[0]} and {found[1]}; its matrix is {(out, width)}"
-            )
+        found, rank = (tuple(a[module].shape), tuple(b[module].shape)), a[module].shape[:1]
+        if found != ((*rank, width), (out, *rank)):
+            raise ValueError(f"A and B of {module} are {found[0]}, {found[1]}; its matrix is {(out, width)}")
     return a, b
 
 

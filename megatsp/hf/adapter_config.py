@@ -38,8 +38,7 @@ _WHY = {
     "bias": "it also trains the base's biases",
     "modules_to_save": "whole modules of the base were trained too",
     "trainable_token_indices": "rows of the embedding were trained too",
-    "init_lora_weights": "it also changed the base's weights; in PEFT, save with path_initial_model_for_weight"
-    "_conversion",
+    "init_lora_weights": "it changes the base's weights too; let PEFT convert it when it saves",
     "peft_type": "we compute LoRA alone",
 }
 

@@ -34,10 +34,11 @@ class RankBytes:
 def predict(config: Config) -> RankBytes:
     """What one rank of a validated configuration holds at the start of the backward pass.
 
-    weights, gradients, optimizer: fp32 shards; beside adapters weights are of the compute dtype, without the
-    others. saved_activations: what the layers keep for the backward (see tsp/layer.py). gathered: weights on their way and in use; the two largest buckets that
-    stream, two layers under FSDP, and what ranks share under parallel.overlap=fused, which auto is taken
-    for on a GPU. Not in it: the working memory of the layer being computed.
+    weights, gradients, optimizer: fp32 shards; beside adapters the weights are of the compute dtype, without
+    the others. saved_activations: what the layers keep for the backward (see tsp/layer.py). gathered:
+    weights on their way and in use; the two largest buckets that stream, two layers under FSDP, and what
+    ranks share under parallel.overlap=fused, which auto is taken for on a GPU. Not in it: the working
+    memory of the layer being computed.
     """
     trained, frozen = _shard_elements(config)
     return RankBytes(
