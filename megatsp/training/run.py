@@ -212,10 +212,10 @@ class Training:
 
     def save(self) -> Path:
         """Saves weights, moments and the cursor; on all ranks."""
-        texts = {"config.yaml": to_yaml(self.config)}
+        extra = {"config.yaml": to_yaml(self.config).encode()}
         checkpoints, tensors = self.folder / "checkpoints", self.optimizer.tensors()
         self.saved_at = self.state.iteration
-        return checkpoint.save(checkpoints, self.state, self.gpt, tensors, texts, self.tokenizer)
+        return checkpoint.save(checkpoints, self.state, self.gpt, tensors, extra, self.tokenizer)
 
     def _own_pairs(self, batches: Sequence[Batch]) -> float:
         """This rank's share of the pairs of tokens that attend to each other."""
