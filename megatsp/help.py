@@ -1,4 +1,4 @@
-"""The texts of `megatsp train --help` and `sft --help`, generated from the schema and the files in configs/."""
+"""The text of `megatsp train --help` or `sft --help`, generated from the schema and the files in configs/."""
 
 import textwrap
 from collections.abc import Iterator

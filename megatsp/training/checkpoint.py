@@ -84,6 +84,22 @@ def best(checkpoints: Path) -> Path | None:
     return _pointed_to(checkpoints / BEST)
 
 
+def chosen(checkpoints: Path, which: str) -> Path:
+    """A run's checkpoint. which: last, best, or an iteration in digits.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    folder = latest(checkpoints) if which == "last" else best(checkpoints) if which == "best" else None
+    if which.isdecimal() and (folder_of(checkpoints, int(which)) / "state.json").exists():
+        folder = folder_of(checkpoints, int(which))
+    if folder is None:
+        there = ", ".join(sorted(path.name for path in checkpoints.glob("iter_*"))) or "none"
+        why = ": only `megatsp sft` with validation data keeps one" if which == "best" else ""
+        raise ValueError(f"{checkpoints} has no checkpoint {which}{why} (there: {there})")
+    return folder
+
+
 def _pointed_to(pointer: Path) -> Path | None:
     checkpoints = pointer.parent
     if not pointer.exists():
