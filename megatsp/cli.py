@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    commands = {
+    commands: dict[str, Callable[[list[str]], int]] = {
         "train": partial(_train, "train"), "sft": partial(_train, "sft"), "generate": _generate,
         "bench": _bench, "preprocess": _preprocess, "data": _data,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -10,7 +11,6 @@ from megatsp.data.tokenizer import Tokenizer, load_tokenizer
 from megatsp.hf.checkpoint import HFCheckpoint, open_checkpoint
 from megatsp.hf.kept import kept_files
 from megatsp.hf.load import load_weights
-from megatsp.hf.verify import Report, verify_on_mesh
 from megatsp.model.gpt import GPT
 from megatsp.schema import Config
 from megatsp.training import checkpoint
@@ -35,7 +35,7 @@ class Base:
         # A resumed run has read these files through once, and now compares their fingerprint.
         self.source: HFCheckpoint = open_checkpoint(config.finetune.hf, hashes=resumed_from is None)
         self.files = kept_files(self.source) if dist.get_rank() == 0 else {}
-        self.report: Report | None = None
+        self.report: Any = None
         if resumed_from is not None:
             check_fingerprint(config, self.source, checkpoint.read_state(resumed_from))
         if tokenizer.vocab_size > config.model.vocab_size:
@@ -60,6 +60,8 @@ class Base:
             return
         load_weights(self.source, gpt)
         if is_new and finetune.verify:
+            from megatsp.hf.verify import verify_on_mesh
+
             self.report = verify_on_mesh(gpt, axes, self.source, self._config.trainer.dtype)
 
     def lines(self, gpt: GPT) -> list[str]:
@@ -108,6 +110,6 @@ def check_fingerprint(config: Config, source: HFCheckpoint, state: RunState) -> 
     if state.base_fingerprint != source.fingerprint:
         raise ValueError(
             f"finetune.hf={config.finetune.hf} has changed: its fingerprint is {source.fingerprint[:12]}, "
-            f"the run tunes {state.base_fingerprint[:12] or 'none'}. Give the checkpoint that it began with, or "
-            "choose another name="
+            f"the run tunes {state.base_fingerprint[:12] or 'none'}. Give the checkpoint that it began with, "
+            "or choose another name="
         )

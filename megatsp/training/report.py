@@ -42,11 +42,8 @@ def _tuning(config: Config) -> Iterator[tuple[str, str]]:
     f, model = config.finetune, config.model
     yield "tunes", f.hf
     if f.lora_rank:
-        targets = ", ".join(f.lora_targets)
-        yield (
-            "trained",
-            f"{count_adapter_parameters(model, f):,} in adapters of rank {f.lora_rank} on {targets}",
-        )
+        count, targets = count_adapter_parameters(model, f), ", ".join(f.lora_targets)
+        yield "trained", f"{count:,} in adapters of rank {f.lora_rank} on {targets}"
     else:
         yield "trained", f"all {count_parameters(model):,}"
     what = ["adapter (PEFT)"] * bool(f.lora_rank) + ["hf"] * (not f.lora_rank or f.lora_merge)
