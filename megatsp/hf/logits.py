@@ -9,7 +9,7 @@ from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import reshard
 from megatsp.tsp.norm import rms_norm
 
-_ROWS = 8192  # of the vocabulary at once
+ROWS = 8192  # of the vocabulary at once
 
 
 @torch.no_grad()
@@ -22,9 +22,17 @@ def logits(gpt: GPT, axes: Axes, ids: Tensor) -> Tensor:
     x = _gathered(x, axes, ids.shape[1])
     gpt.engine.check()
     reshard(gpt)  # back to fp32: FSDP shows the compute dtype's copies while a module is gathered
-    normed = rms_norm(x, _whole(gpt.model.norm.weight), gpt.config.norm_epsilon)
-    head = _whole(gpt.head_weight).to(x.dtype)
-    return torch.cat([normed.float() @ rows.float().t() for rows in head.split(_ROWS)], -1)
+    return output_logits(x, _whole(gpt.model.norm.weight), _whole(gpt.head_weight), gpt.config.norm_epsilon)
+
+
+def output_logits(x: Tensor, gain: Tensor, head: Tensor, epsilon: float) -> Tensor:
+    """Of the last layer's output [B, T, h], by the final norm's gain [h] and the head [V, h]: fp32 [B, T, V].
+
+    The head is cast to x's dtype, some rows at a time; the products are summed in fp32.
+    """
+    normed = rms_norm(x, gain.to(x.device).float(), epsilon).float()
+    blocks = (rows.to(x.device).to(x.dtype).float() for rows in head.split(ROWS))
+    return torch.cat([normed @ rows.t() for rows in blocks], -1)
 
 
 def _gathered(x: Tensor, axes: Axes, length: int) -> Tensor:

@@ -17,9 +17,11 @@ _PLACES = "DCP_SHARDING_INFO"  # torch's distributed checkpoint: where a file's 
 
 
 class TensorSource(Protocol):
-    """shapes: of every parameter by name, in the order of the network."""
+    """Whole tensors by name."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every parameter by name, in the order of the network."""
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, fp32 or as it is stored. It need not outlive the next one's reading."""
@@ -51,6 +53,7 @@ class CheckpointSource:
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self.shapes = expected_shapes(model)
+        self._last = ""
         # By tensor: the files that hold a part of it, and where that part begins.
         self._parts: dict[str, list[tuple[TensorFile, tuple[int, ...]]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -79,7 +82,9 @@ class CheckpointSource:
         return elements == math.prod(shape)
 
     def read(self, name: str) -> Tensor:
-        parts = self._parts[name]
+        for file, _ in self._parts.get(self._last, []):
+            file.release(self._last)
+        self._last, parts = name, self._parts[name]
         if len(parts) == 1:
             return parts[0][0].view(name)
         dtype = DTYPES[parts[0][0].entries[name].dtype]

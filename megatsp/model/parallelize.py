@@ -91,7 +91,7 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
         gpt.to_empty(device=axes.device)
     if fake is None:
         _initialise(gpt, config, axes)
-    _attach_streams(gpt, config, axes, fake is not None)
+    attach_streams(gpt, config, axes, fake is not None)
     return gpt
 
 
@@ -300,7 +300,7 @@ def share(length: int, rank: int, ranks: int) -> tuple[int, int]:
     return min(length, chunk * rank), min(length, chunk * (rank + 1))
 
 
-def _attach_streams(gpt: GPT, config: Config, axes: Axes, fake: bool) -> None:
+def attach_streams(gpt: GPT, config: Config, axes: Axes, fake: bool) -> None:
     """Gives embedding, layers and head what computes them on this mesh."""
     model, parallel, dtype = config.model, config.parallel, DTYPES[config.trainer.dtype]
     all_parts = parts(model, parallel, axes.tp.rank)
