@@ -1,6 +1,6 @@
 """Makes a small Hugging Face checkpoint with random weights, to try `megatsp sft` without a download.
 
-    python scripts/make_hf_checkpoint.py qwen3 FOLDER --tokenizer TOKENIZER [--chat-template data/chatml.jinja]
+    python scripts/make_hf_checkpoint.py qwen3 FOLDER --tokenizer TOKENIZER [--chat-template FILE]
 
 Architectures are transformers' own, a few hundred thousand parameters each. The folder is what
 `save_pretrained` writes: weights, config.json, generation_config.json, tokenizer.
@@ -25,7 +25,9 @@ END_OF_TURN = "<|im_end|>"  # ChatML's
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="a folder with a tokenizer.json")

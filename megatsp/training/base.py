@@ -1,8 +1,6 @@
 """The Hugging Face checkpoint that a run tunes: its weights, what was checked of them, what is kept of it."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -11,12 +9,11 @@ from megatsp.data.tokenizer import Tokenizer, load_tokenizer
 from megatsp.hf.checkpoint import HFCheckpoint, open_checkpoint
 from megatsp.hf.kept import kept_files
 from megatsp.hf.load import load_weights
+from megatsp.hf.verify import VERIFICATION, Report, verify_on_mesh
 from megatsp.model.gpt import GPT
 from megatsp.schema import Config
 from megatsp.training import checkpoint
 from megatsp.training.checkpoint import RunState, replace_text
-
-REPORT = "verification.json"  # in the run's folder: how the imported logits compare
 
 
 class Base:
@@ -35,7 +32,7 @@ class Base:
         # A resumed run has read these files through once, and now compares their fingerprint.
         self.source: HFCheckpoint = open_checkpoint(config.finetune.hf, hashes=resumed_from is None)
         self.files = kept_files(self.source) if dist.get_rank() == 0 else {}
-        self.report: Any = None
+        self.report: Report | None = None
         if resumed_from is not None:
             check_fingerprint(config, self.source, checkpoint.read_state(resumed_from))
         if tokenizer.vocab_size > config.model.vocab_size:
@@ -60,8 +57,6 @@ class Base:
             return
         load_weights(self.source, gpt)
         if is_new and finetune.verify:
-            from megatsp.hf.verify import verify_on_mesh
-
             self.report = verify_on_mesh(gpt, axes, self.source, self._config.trainer.dtype)
 
     def lines(self, gpt: GPT) -> list[str]:
@@ -87,7 +82,7 @@ class Base:
     def write_report(self, folder: Path) -> None:
         """Puts the report of this import into the run's folder; on rank 0."""
         if self.report is not None and dist.get_rank() == 0:
-            replace_text(folder / REPORT, json.dumps(self.report.to_json(), indent=2) + "\n")
+            replace_text(folder / VERIFICATION, self.report.to_json())
 
 
 def load_base(config: Config, found: Path, gpt: GPT) -> None:
