@@ -14,6 +14,7 @@ from megatsp.compose import compose
 from megatsp.data.splits import load_splits
 from megatsp.data.tokenizer import load_tokenizer
 
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_chats(tmp_path_factory.mktemp("sft"))

@@ -1,4 +1,4 @@
-"""What tests of `megatsp sft` share: a checkpoint by transformers, conversations, the settings of a tiny run."""
+"""What tests of `megatsp sft` share: a checkpoint by transformers, conversations, a tiny run's settings."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def save_checkpoint(folder: Path, tokenizer: Path | None = None, **more: object)
 
 
 def prepare_chats(folder: Path) -> Path:
-    """A tokenizer with a template in `folder`/tokenizer, and conversations of two to eight turns, prepared."""
+    """Conversations of two to eight turns, prepared, and in `folder`/tokenizer one with a template."""
     save_tokenizer(folder / "tokenizer", CHATML_GENERATION)
     with (folder / "chats.jsonl").open("w") as file:
         for i in range(20):
