@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from megatsp.schema import AXES, Config, ParallelConfig
+from megatsp.schema import AXES, Config, ModelConfig, ParallelConfig
 
 # A bucket with fewer multiply-adds than this costs more to send off and wait for than its overlap and
 # its memory are worth: measured on CPUs (docs/log.md). On a GPU the number would be larger.
@@ -58,6 +58,11 @@ def split_errors(config: Config) -> Iterator[str]:
     m, p = config.model, config.parallel
     if p.tp > 1 and p.tsp > 1:
         yield f"parallel.tp={p.tp} with tsp={p.tsp}: both cut the weights; use one, and cp beside it"
+    if p.tp > 1 and has_wide_norm(m):
+        yield (
+            f"parallel.tp={p.tp}: model.qk_layernorm_width=all normalises over heads that tp puts on "
+            "different ranks; use tsp or cp"
+        )
     if m.hidden_size % p.tsp:
         nearest = nearest_multiples(m.hidden_size, p.tsp)
         yield f"model.hidden_size={m.hidden_size}: parallel.tsp={p.tsp} must divide it; use {nearest}"
@@ -92,7 +97,8 @@ def choose_buckets(config: Config) -> ParallelConfig:
     groups = max(1, m.num_query_groups // p.tp)
     ffn, vocabulary = (max(1, last_share(n, p.tp)) for n in (m.ffn_hidden_size, m.vocab_size))
     heads = 2 * (m.num_attention_heads + m.num_query_groups) * m.kv_channels
-    most = _buckets_worth(heads, config)
+    # A norm over all heads would walk several buckets twice (tsp/attention_wide_norm.py).
+    most = 1 if has_wide_norm(m) else _buckets_worth(heads, config)
     attention = [n for n in divisors(groups) if n <= most and _whole_heads(groups // n, p)]
     mlp = p.tsp if p.tsp_layout == "owner" else min(_buckets_worth(3 * m.ffn_hidden_size, config), ffn)
     head = min(max(_buckets_worth(m.vocab_size, config), math.ceil(vocabulary / 8192)), vocabulary)
@@ -102,6 +108,11 @@ def choose_buckets(config: Config) -> ParallelConfig:
         mlp_buckets=p.mlp_buckets or mlp,
         head_buckets=p.head_buckets or head,
     )
+
+
+def has_wide_norm(model: ModelConfig) -> bool:
+    """Whether q and k are normalised over all heads together."""
+    return model.qk_layernorm and model.qk_layernorm_width == "all"
 
 
 def _buckets_worth(columns: int, config: Config) -> int:

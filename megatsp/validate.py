@@ -22,7 +22,7 @@ from megatsp.parallel_rules import (
     resolve_axes,
     split_errors,
 )
-from megatsp.schema import AXES, MATRICES, Config, FinetuneConfig
+from megatsp.schema import AXES, MATRICES, Config, FinetuneConfig, ModelConfig, RotaryScaling
 
 # Names of files that `megatsp preprocess` reads.
 _RAW = re.compile(r"\.(jsonl|json|ndjson|txt|parquet)(\.gz|\.zst)?$")
@@ -184,10 +184,30 @@ def _model_errors(config: Config) -> Iterator[str]:
         nearest = nearest_multiples(m.kv_channels, 2)
         yield f"model.kv_channels={m.kv_channels}: rotary embedding turns pairs; use {nearest}"
     if scaling.type == "none" and scaling.factor > 1:
-        yield f"model.rotary_scaling.factor={scaling.factor}: needs rotary_scaling.type linear or llama3"
+        factor = f"model.rotary_scaling.factor={scaling.factor}"
+        yield f"{factor}: needs rotary_scaling.type linear, llama3 or yarn"
     if scaling.type == "llama3" and not scaling.low_freq_factor < scaling.high_freq_factor:
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         yield f"model.rotary_scaling.low_freq_factor={low}: must be below high_freq_factor={high}"
+    yield from _yarn_errors(config.model)
+    if m.qk_layernorm_width == "all" and not m.qk_layernorm:
+        yield "model.qk_layernorm_width=all: needs model.qk_layernorm=true; or use width head"
+
+
+def _yarn_errors(model: ModelConfig) -> Iterator[str]:
+    scaling, unset = model.rotary_scaling, RotaryScaling()
+    if scaling.type != "yarn":
+        for name in ("beta_fast", "beta_slow", "attention_factor"):
+            if (value := getattr(scaling, name)) != getattr(unset, name):
+                yield f"model.rotary_scaling.{name}={value}: only rotary_scaling.type=yarn reads it"
+        return
+    if scaling.factor == 1:
+        yield "model.rotary_scaling.factor=1.0: rotary_scaling.type=yarn needs a factor above 1; or type none"
+    if scaling.beta_slow > scaling.beta_fast:
+        slow, fast = scaling.beta_slow, scaling.beta_fast
+        yield f"model.rotary_scaling.beta_slow={slow}: must not exceed beta_fast={fast}"
+    if model.rotary_base <= 1:
+        yield f"model.rotary_base={model.rotary_base}: rotary_scaling.type=yarn needs a base above 1"
 
 
 def _scheduler_errors(config: Config) -> Iterator[str]:

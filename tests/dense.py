@@ -1,8 +1,8 @@
 """The reference every parallel result is compared with: a dense GPT in one process, in plain torch.
 
 It imports nothing of megatsp, spells attention out as a T x T matrix, and follows the
-operation order of Hugging Face's Llama, Mistral, Qwen2 and Qwen3, whose parameter names
-it bears. Norms, softmax and loss are computed in fp32, or in fp64 for an fp64 model;
+operation order of Hugging Face's Llama, Mistral, Qwen2, Qwen3, SmolLM3 and OLMo2, whose
+parameter names it bears. Norms, softmax and loss are computed in fp32, or in fp64 for an fp64 model;
 rotary angles always in fp32, as there.
 """
 
@@ -23,6 +23,9 @@ class DenseScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class DenseConfig:
     norm_epsilon: float = 1e-5
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
+    qk_layernorm_width: str = "head"
+    norm_position: str = "before"
+    no_rope_freq: int = 0
     untie_embeddings_and_output_weights: bool = False
 
 
@@ -72,41 +78,78 @@ def rotary_frequencies(c: DenseConfig) -> Tensor:
         return frequencies
     if scaling.type == "linear":
         return frequencies / scaling.factor
-    assert scaling.type == "llama3", scaling.type
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # in the original context
+    if scaling.type == "yarn":
+        return yarn_blend(c, frequencies)
+    assert scaling.type == "llama3", scaling.type
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # few turns: divided by factor; many turns: kept
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
-    """Rotates channel pairs (i, i + d/2) of x [B, heads, T, d] by position * frequency."""
+def yarn_blend(c: DenseConfig, frequencies: Tensor) -> Tensor:
+    """Fast pairs keep their frequency, slow ones have it divided, those between are blended by their index.
+
+    Source: Peng et al., arXiv:2309.00071, section 3.2; as in transformers the borders are whole indices.
+    """
+    scaling, pairs = c.rotary_scaling, len(frequencies)
+    # base^(-i / pairs) = 2 pi turns / length, solved for i.
+    fast, slow = (
+        -pairs * math.log(2 * math.pi * turns / scaling.original_max_position_embeddings, c.rotary_base)
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
+    low, high = max(math.floor(fast), 0), min(math.ceil(slow), 2 * pairs - 1)
+    blended = []
+    for i, frequency in enumerate(frequencies):
+        share = (i - low) / (high - low) if high > low else float(i > low)
+        share = min(max(share, 0.0), 1.0)
+        blended.append(frequency * (1 - share) + frequency / scaling.factor * share)
+    return torch.stack(blended)
+
+
+def rotary_gain(c: DenseConfig) -> float:
+    """YaRN's factor of rotated queries and keys."""
+    scaling = c.rotary_scaling
+    if scaling.type != "yarn":
+        return 1.0
+    return scaling.attention_factor if scaling.attention_factor > 0 else 1 + math.log(scaling.factor) / 10
+
+
+def rotate(x: Tensor, frequencies: Tensor, gain: float) -> Tensor:
+    """Rotates channel pairs (i, i + d/2) of x [B, heads, T, d] by position * frequency, times `gain`."""
     angles = torch.arange(x.shape[-2])[:, None] * frequencies  # [T, d/2]
-    cos, sin = (f(angles).to(x.dtype).repeat(1, 2) for f in (torch.cos, torch.sin))  # [T, d]
+    cos, sin = ((f(angles) * gain).to(x.dtype).repeat(1, 2) for f in (torch.cos, torch.sin))  # [T, d]
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
 class Attention(nn.Module):
-    def __init__(self, c: DenseConfig) -> None:
+    def __init__(self, c: DenseConfig, rotary: bool) -> None:
         super().__init__()
         h, d, H, K = c.hidden_size, c.kv_channels, c.num_attention_heads, c.num_query_groups
         self.q_proj = nn.Linear(h, H * d, bias=c.add_qkv_bias)
         self.k_proj = nn.Linear(h, K * d, bias=c.add_qkv_bias)
         self.v_proj = nn.Linear(h, K * d, bias=c.add_qkv_bias)
         self.o_proj = nn.Linear(H * d, h, bias=False)
-        self.q_norm = RMSNorm(d, c.norm_epsilon) if c.qk_layernorm else nn.Identity()
-        self.k_norm = RMSNorm(d, c.norm_epsilon) if c.qk_layernorm else nn.Identity()
-        self.config = c
+        self.all_heads = c.qk_layernorm_width == "all"
+        widths = (H * d, K * d) if self.all_heads else (d, d)
+        self.q_norm, self.k_norm = (
+            RMSNorm(width, c.norm_epsilon) if c.qk_layernorm else nn.Identity() for width in widths
+        )
+        self.config, self.rotary = c, rotary
 
     def forward(self, x: Tensor) -> Tensor:
         def heads(y: Tensor) -> Tensor:  # [B, T, heads * d] to [B, heads, T, d]
             return y.unflatten(-1, (-1, self.config.kv_channels)).transpose(1, 2)
 
-        frequencies = rotary_frequencies(self.config)
-        q = rotate(self.q_norm(heads(self.q_proj(x))), frequencies)
-        k = rotate(self.k_norm(heads(self.k_proj(x))), frequencies)
-        v = heads(self.v_proj(x))
+        q, k, v = self.q_proj(x), self.k_proj(x), heads(self.v_proj(x))
+        if self.all_heads:
+            q, k = heads(self.q_norm(q)), heads(self.k_norm(k))
+        else:
+            q, k = self.q_norm(heads(q)), self.k_norm(heads(k))
+        if self.rotary:
+            frequencies, gain = rotary_frequencies(self.config), rotary_gain(self.config)
+            q, k = rotate(q, frequencies, gain), rotate(k, frequencies, gain)
         k, v = (
             y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v)
         )  # one for each query head
@@ -129,23 +172,30 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, c: DenseConfig) -> None:
+    def __init__(self, c: DenseConfig, index: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.norm_epsilon)
-        self.self_attn = Attention(c)
+        self.before = c.norm_position == "before"
+        if self.before:
+            self.input_layernorm = RMSNorm(c.hidden_size, c.norm_epsilon)
+        self.self_attn = Attention(c, rotary=not c.no_rope_freq or (index + 1) % c.no_rope_freq > 0)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_epsilon)
         self.mlp = MLP(c)
+        if not self.before:
+            self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c.norm_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if self.before:
+            x = x + self.self_attn(self.input_layernorm(x))
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(self.self_attn(x))
+        return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
 class Decoder(nn.Module):
     def __init__(self, c: DenseConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.Sequential(*(Layer(c) for _ in range(c.num_layers)))
+        self.layers = nn.Sequential(*(Layer(c, i) for i in range(c.num_layers)))
         self.norm = RMSNorm(c.hidden_size, c.norm_epsilon)
 
     def forward(self, ids: Tensor) -> Tensor:

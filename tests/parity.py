@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from megatsp.axes import Axes
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import DTYPES, build_model
-from megatsp.schema import Config, KernelsConfig, ModelConfig, ParallelConfig, TrainerConfig
+from megatsp.schema import Config, KernelsConfig, ModelConfig, ParallelConfig, RotaryScaling, TrainerConfig
 
 # Odd on purpose: FFN width, vocabulary and batch divide by nothing here.
 BATCH, LENGTH = 3, 48
@@ -26,6 +26,9 @@ MODEL = ModelConfig(
     kv_channels=6,
     vocab_size=131,
 )
+# Keys of what Hugging Face's families have beside it. Of three pairs YaRN keeps one, blends one, divides one.
+OLMO2 = dict(norm_position="after", qk_layernorm=True, qk_layernorm_width="all")
+YARN = RotaryScaling("yarn", factor=4.0, original_max_position_embeddings=512)
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,25 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 LINEAR = DenseScaling("linear", factor=3.0)
 # An original context of 64 tokens puts the four frequencies of d = 8 in all three of llama3's ranges.
 LLAMA3 = DenseScaling("llama3", factor=8.0, original_max_position_embeddings=64)
+# Of d = 8's four pairs one is kept, one blended and two divided; then two kept.
+YARN = DenseScaling("yarn", factor=4.0, original_max_position_embeddings=128, beta_fast=8.0)
+GIVEN = DenseScaling(
+    "yarn", factor=4.0, original_max_position_embeddings=4096, beta_slow=2.0, attention_factor=0.7
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Case:
 
 TIED = DenseConfig()
 UNTIED = replace(TIED, untie_embeddings_and_output_weights=True)
+OLMO2 = replace(UNTIED, qk_layernorm=True, qk_layernorm_width="all", norm_position="after")
 CASES = {
     "llama-tied": Case(TIED, LlamaConfig, LlamaForCausalLM),
     "llama-untied": Case(UNTIED, LlamaConfig, LlamaForCausalLM),
@@ -40,6 +50,16 @@ CASES = {
     "llama-llama3": Case(replace(UNTIED, rotary_scaling=LLAMA3), LlamaConfig, LlamaForCausalLM),
     "mistral": Case(replace(UNTIED, rotary_base=1e6), MistralConfig, MistralForCausalLM),
     "qwen2": Case(replace(TIED, add_qkv_bias=True), Qwen2Config, Qwen2ForCausalLM),
+    "llama-yarn": Case(
+        replace(UNTIED, rotary_scaling=YARN, rotary_base=500.0), LlamaConfig, LlamaForCausalLM
+    ),
+    "qwen2-yarn": Case(replace(TIED, add_qkv_bias=True, rotary_scaling=GIVEN), Qwen2Config, Qwen2ForCausalLM),
+    "qwen3-yarn": Case(
+        replace(TIED, qk_layernorm=True, kv_channels=12, rotary_scaling=YARN), Qwen3Config, Qwen3ForCausalLM
+    ),
+    "smollm3": Case(replace(TIED, num_layers=4, no_rope_freq=2), SmolLM3Config, SmolLM3ForCausalLM),
+    "olmo2": Case(OLMO2, Olmo2Config, Olmo2ForCausalLM),
+    "olmo2-mha": Case(replace(OLMO2, num_query_groups=6), Olmo2Config, Olmo2ForCausalLM),
     "qwen3": Case(replace(TIED, qk_layernorm=True, kv_channels=12), Qwen3Config, Qwen3ForCausalLM),
 }
 
@@ -50,6 +70,13 @@ def hf_kwargs(c: DenseConfig) -> dict[str, object]:
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": c.rotary_base}
     if s.type != "none":
         rope |= {"rope_type": s.type, "factor": s.factor}
+    if s.type == "yarn":
+        rope |= {
+            "beta_fast": s.beta_fast,
+            "beta_slow": s.beta_slow,
+            "attention_factor": s.attention_factor or None,
+            "original_max_position_embeddings": s.original_max_position_embeddings,
+        }
     if s.type == "llama3":
         rope |= {
             "low_freq_factor": s.low_freq_factor,
@@ -69,6 +96,8 @@ def hf_kwargs(c: DenseConfig) -> dict[str, object]:
         "max_position_embeddings": 512,
         "tie_word_embeddings": not c.untie_embeddings_and_output_weights,
         "attn_implementation": "eager",
+        "no_rope_layer_interval": c.no_rope_freq,  # SmolLM3's; the others do not read it
+        "pad_token_id": None,
     }
 
 
@@ -101,6 +130,14 @@ def test_logits_equal_transformers(case: Case) -> None:
 def test_llama3_scaling_covers_its_three_ranges() -> None:
     ratio = rotary_frequencies(replace(TIED, rotary_scaling=LLAMA3)) / rotary_frequencies(TIED)
     assert ratio[0] == 1 and ratio[-1] == pytest.approx(1 / 8) and ((ratio > 0.13) & (ratio < 0.99)).any()
+
+
+@pytest.mark.parametrize(
+    ("scaling", "ratios"), [(YARN, (1, 0.625, 0.25, 0.25)), (GIVEN, (1, 1, 0.625, 0.25))]
+)
+def test_yarn_keeps_blends_and_divides(scaling: DenseScaling, ratios: tuple[float, ...]) -> None:
+    ratio = rotary_frequencies(replace(TIED, rotary_scaling=scaling)) / rotary_frequencies(TIED)
+    torch.testing.assert_close(ratio, torch.tensor(ratios))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from dense import DenseGPT
 from distributed import run_distributed
 from parity import (
+    OLMO2,
+    YARN,
     Case,
     batch,
     case,
@@ -79,9 +81,24 @@ def cases(schemes: Sequence[dict], dtype: str = "fp32") -> list[Case]:
     return found
 
 
+STILL = dict(rotary_scaling=YARN, no_rope_freq=2)
+FAMILIES = {
+    1: [],
+    2: [
+        case(2, "selective", attention_buckets=2, **OLMO2),
+        case(2, "full", tsp_layout="owner", kv_exchange="ring", **OLMO2),
+        case(recompute="none", cp=2, kv_exchange="ring", **STILL),
+        case(recompute="full", tp=2, norm_position="after", **STILL),
+    ],
+    4: [case(2, "none", cp=2, kv_exchange="hierarchical", attention_buckets=2, rotary_scaling=YARN, **OLMO2)],
+    8: [],
+}
+
+
 @pytest.mark.parametrize("world_size", SCHEMES)
 def test_fp32(world_size):
-    check(cases(SCHEMES[world_size]), world_size, fp32_bound)
+    families = [replace(each, documents=True) for each in FAMILIES[world_size]]
+    check(cases(SCHEMES[world_size]) + families, world_size, fp32_bound)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from itertools import cycle
 
 import pytest
-from parity import Case, case, check, fp32_bound, twice_dense_bound
+from parity import OLMO2, YARN, Case, case, check, fp32_bound, twice_dense_bound
 
 RECOMPUTE = ("none", "selective", "full")
 EXCHANGES = ("allgather", "ring", "ulysses", "hierarchical")
@@ -69,9 +69,29 @@ def cases(schemes: list[dict], dtype: str = "fp32") -> list[Case]:
     return found
 
 
+AFTER = dict(norm_position="after", qk_layernorm=True, rotary_scaling=YARN, no_rope_freq=2)
+# What other models have; tp does not cut heads that are normalised together.
+FAMILIES: dict[int, list[Case]] = {
+    2: [
+        case(recompute="none", cp=2, kv_exchange="ring", attention_buckets=2, **OLMO2),
+        case(recompute="full", cp=2, fsdp_over_cp=True, kv_exchange="ulysses", attention_buckets=2, **OLMO2),
+        case(recompute="selective", dp_shard=2, attention_buckets=4, micro_batches=2, **OLMO2),
+        *(case(recompute=recompute, tp=2, attention_buckets=2, mlp_buckets=3, **AFTER)
+          for recompute in RECOMPUTE),
+        case(recompute="selective", cp=2, **AFTER),
+    ],
+    4: [
+        case(2, "selective", cp=2, kv_exchange="hierarchical", attention_buckets=2, **OLMO2),
+        case(2, "none", dp_shard=2, tsp_layout="owner", attention_buckets=2, **OLMO2),
+        case(recompute="full", tp=2, cp=2, fsdp_over_cp=True, kv_exchange="ring", **AFTER),
+    ],
+    8: [case(4, "full", cp=2, kv_exchange="hierarchical", attention_buckets=2, **OLMO2)],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("world_size", SCHEMES)
 def test_fp32(world_size):
-    check(cases(SCHEMES[world_size]), world_size, fp32_bound)
+    check(cases(SCHEMES[world_size]) + FAMILIES[world_size], world_size, fp32_bound)
 
 
 def test_data_parallel_around():

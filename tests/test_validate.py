@@ -37,6 +37,9 @@ def test_defaults_are_valid_and_filled_in():
     assert validate(config, 1) == config  # what is filled in stays valid, and stays
 
 
+YARN = {"model__rotary_scaling__type": "yarn", "model__rotary_scaling__factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -68,7 +71,16 @@ def test_defaults_are_valid_and_filled_in():
         ({"model__kv_channels": 33}, "rotary embedding turns pairs; use 32 or 34"),
         ({"model__kv_channels": 1}, "rotary embedding turns pairs; use 2"),
         ({"model__rotary_scaling__factor": 0.5}, "model.rotary_scaling.factor=0.5: must be >= 1"),
-        ({"model__rotary_scaling__factor": 2.0}, "needs rotary_scaling.type linear or llama3"),
+        ({"model__rotary_scaling__factor": 2.0}, "needs rotary_scaling.type linear, llama3 or yarn"),
+        ({"model__rotary_scaling__type": "yarn"}, "type=yarn needs a factor above 1; or type none"),
+        (
+            {**YARN, "model__rotary_scaling__beta_slow": 33.0},
+            "model.rotary_scaling.beta_slow=33.0: must not exceed beta_fast=32.0",
+        ),
+        ({**YARN, "model__rotary_base": 1.0}, "model.rotary_base=1.0: rotary_scaling.type=yarn needs a base"),
+        ({"model__rotary_scaling__beta_fast": 9.0}, "beta_fast=9.0: only rotary_scaling.type=yarn reads it"),
+        ({"model__qk_layernorm_width": "all"}, "model.qk_layernorm_width=all: needs model.qk_layernorm=true"),
+        ({"model__norm_position": "behind"}, "choose one of before, after"),
         (
             {"model__rotary_scaling__type": "llama3", "model__rotary_scaling__low_freq_factor": 4.0},
             "model.rotary_scaling.low_freq_factor=4.0: must be below high_freq_factor=4.0",
@@ -239,6 +251,23 @@ def test_automatic_buckets():
     assert automatic(1) == (1, 1, 1)
     assert automatic(1, model__vocab_size=32000)[2] == 4  # of at most 8192 rows
     assert automatic(1, model__ffn_hidden_size=1, model__vocab_size=1)[1:] == (1, 1)
+
+
+WIDE = {"model__qk_layernorm": True, "model__qk_layernorm_width": "all"}
+
+
+@pytest.mark.parametrize("layout", ["hidden", "owner"])
+def test_a_norm_over_all_heads_has_them_in_one_bucket(layout):
+    assert automatic(4, parallel__tsp_layout=layout, **WIDE) == (1, 4, 4)
+    assert automatic(4, parallel__attention_buckets=2, **WIDE)[0] == 2  # given, two are walked twice
+
+
+def test_a_norm_over_all_heads_is_not_cut_by_tp():
+    assert errors(world_size=2, parallel__tp=2, **WIDE) == [
+        "parallel.tp=2: model.qk_layernorm_width=all normalises over heads that tp puts on different ranks; "
+        "use tsp or cp"
+    ]
+    validate(configured(parallel__tp=2, **{**WIDE, "model__qk_layernorm_width": "head"}), 2)
 
 
 def test_automatic_buckets_have_enough_to_compute():

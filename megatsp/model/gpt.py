@@ -1,13 +1,15 @@
 """The network: a decoder-only GPT of the Llama family.
 
     x = embedding(ids)
-    each layer:  x += attention(norm(x));  x += mlp(norm(x))
+    each layer:  x += attention(norm(x));  x += mlp(norm(x))      or, with norm_position=after (OLMo2),
+                 x += norm(attention(x));  x += norm(mlp(x))
     logits = head(norm(x))
 
-Attention: rotary, grouped-query, optional biases on q, k, v (Qwen2), optional RMSNorm on q and
-k heads (Qwen3). MLP: SwiGLU. Parameters have the names and logical shapes of a Hugging Face
-state dict. They are declared here with plain torch modules and computed with by the `stream`
-objects that parallelize.py attaches: how weights and tokens are spread is not said here.
+Attention: rotary (but in every no_rope_freq-th layer: SmolLM3), grouped-query, optional biases on
+q, k, v (Qwen2), optional RMSNorm of q and k, over each head (Qwen3) or over all (OLMo2). MLP:
+SwiGLU. Parameters have the names and logical shapes of a Hugging Face state dict. They are declared
+here with plain torch modules and computed with by the `stream` objects that parallelize.py
+attaches: how weights and tokens are spread is not said here.
 """
 
 from collections.abc import Callable
@@ -34,8 +36,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(h, kv, bias=model.add_qkv_bias)
         self.v_proj = nn.Linear(h, kv, bias=model.add_qkv_bias)
         self.o_proj = nn.Linear(query, h, bias=False)
-        self.q_norm = nn.RMSNorm(d, model.norm_epsilon) if model.qk_layernorm else None
-        self.k_norm = nn.RMSNorm(d, model.norm_epsilon) if model.qk_layernorm else None
+        q_width, k_width = (query, kv) if model.qk_layernorm_width == "all" else (d, d)
+        self.q_norm = nn.RMSNorm(q_width, model.norm_epsilon) if model.qk_layernorm else None
+        self.k_norm = nn.RMSNorm(k_width, model.norm_epsilon) if model.qk_layernorm else None
 
 
 class MLP(nn.Module):
@@ -51,10 +54,21 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(model.hidden_size, model.norm_epsilon)
+        before = model.norm_position == "before"
+        if before:
+            self.input_layernorm = nn.RMSNorm(model.hidden_size, model.norm_epsilon)
         self.self_attn = Attention(model)
         self.post_attention_layernorm = nn.RMSNorm(model.hidden_size, model.norm_epsilon)
         self.mlp = MLP(model)
+        if not before:
+            self.post_feedforward_layernorm = nn.RMSNorm(model.hidden_size, model.norm_epsilon)
+
+    @property
+    def norms(self) -> tuple[nn.RMSNorm, nn.RMSNorm]:
+        """Attention's and the MLP's: of what they read, or of what they give."""
+        if hasattr(self, "input_layernorm"):
+            return self.input_layernorm, self.post_attention_layernorm
+        return self.post_attention_layernorm, self.post_feedforward_layernorm
 
     def tensors(self) -> LayerTensors:
         """This rank's shards, as autograd should see them."""
@@ -65,7 +79,7 @@ class DecoderLayer(nn.Module):
         return LayerTensors(
             attention=[local(p.weight) for p in (*projections, a.o_proj)],
             mlp=[local(p.weight) for p in (m.gate_proj, m.up_proj, m.down_proj)],
-            gains=[local(n.weight) for n in (self.input_layernorm, self.post_attention_layernorm)],
+            gains=[local(norm.weight) for norm in self.norms],
             vectors=HeadVectors.of([*biases, *gains], bool(biases), bool(gains)),
         )
 
@@ -157,9 +171,11 @@ class GPT(nn.Module):
         engine, layers = self.engine, self.model.layers
         at = engine.positions(ids, documents)
         positions = Positions(*rotary_table(self.config, at), documents)
+        still = positions.without_rotary() if self.config.no_rope_freq else positions
         x = self.model.embed_tokens(ids)
         for i, layer in enumerate(layers):
-            x = layer(x, positions, engine.after_forward(i, labels is not None), engine.after_backward(i))
+            where = positions if has_rotary(self.config, i) else still
+            x = layer(x, where, engine.after_forward(i, labels is not None), engine.after_backward(i))
         if labels is None:
             return x
         gain, preceding = local(self.model.norm.weight), engine.after_backward(len(layers))
@@ -171,6 +187,11 @@ class GPT(nn.Module):
 def local(parameter: Tensor) -> Tensor:
     """This rank's shard of a parameter, connected to its gradient."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def has_rotary(model: ModelConfig, index: int) -> bool:
+    """Whether layer `index`, counted from 0, turns queries and keys by their positions."""
+    return model.no_rope_freq == 0 or (index + 1) % model.no_rope_freq != 0
 
 
 def count_parameters(model: ModelConfig) -> int:

@@ -17,17 +17,20 @@ from megatsp.cp.sequence import sequence_attention
 from megatsp.kernels import choose_kernels, resolve
 from megatsp.model.gpt import GPT, DecoderLayer, local
 from megatsp.model.init import initial_slice
+from megatsp.parallel_rules import has_wide_norm
 from megatsp.schema import Config, ModelConfig, ParallelConfig
 from megatsp.tp.embedding import embed_vocabulary_parallel
 from megatsp.tp.small import ReplicatedGains
 from megatsp.tp.tokens import GroupTokens
 from megatsp.tsp.attention import StreamedAttention
+from megatsp.tsp.attention_wide_norm import WideNormAttention
 from megatsp.tsp.buckets import Part, attention_part, even_cuts, head_part, mlp_part, owner_cuts
 from megatsp.tsp.embedding import embed
 from megatsp.tsp.head import StreamedHead
 from megatsp.tsp.layer import LayerTensors, StreamedLayer
 from megatsp.tsp.mlp import StreamedMLP
 from megatsp.tsp.owner import Broadcast, Ring
+from megatsp.tsp.residual import NormAfter, NormBefore
 from megatsp.tsp.small import Small, SmallParameters
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.streamed import Overlap, Streamed, choose_overlap
@@ -40,7 +43,7 @@ H_DIM = {
     "embed_tokens": 1, "lm_head": 1,
     "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 0,
     "gate_proj": 1, "up_proj": 1, "down_proj": 0,
-    "input_layernorm": 0, "post_attention_layernorm": 0, "norm": 0,
+    "input_layernorm": 0, "post_attention_layernorm": 0, "post_feedforward_layernorm": 0, "norm": 0,
 }  # fmt: skip
 LAYER_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -322,14 +325,17 @@ def attach_streams(gpt: GPT, config: Config, axes: Axes, fake: bool) -> None:
     def small() -> Small:
         return ReplicatedGains(axes.tp) if axes.tp.size > 1 else SmallParameters(axes.tsp)
 
+    # Several buckets hold parts of what a norm over all heads sees.
+    several = has_wide_norm(model) and parallel.attention_buckets > 1
+    attention_of = WideNormAttention if several else StreamedAttention
+    residual = NormBefore if model.norm_position == "before" else NormAfter
     for index in range(model.num_layers):
         gpt.layer(index).stream = StreamedLayer(
-            StreamedAttention(model, WeightStream(attention), sequence, kernels),
+            attention_of(model, WeightStream(attention), sequence, kernels),
             StreamedMLP(WeightStream(mlp), kernels.swiglu),
             small(),
             tokens,
-            kernels.norm,
-            model.norm_epsilon,
+            residual(kernels.norm, model.norm_epsilon),
             config.trainer.recompute_granularity,
         )
     keep = config.trainer.recompute_granularity == "none"

@@ -9,6 +9,7 @@ from torch.distributed.tensor import Shard
 
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import DTYPES, parts, placement
+from megatsp.parallel_rules import has_wide_norm
 from megatsp.schema import Config, ParallelConfig
 from megatsp.tsp.buckets import width
 
@@ -70,9 +71,13 @@ def _saved_activation_bytes(config: Config) -> int:
     tokens = trainer.micro_batch_size * trainer.seq_length // (p.cp * p.tsp * p.tp)
     query, kv = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
     per_token = model.hidden_size * size  # the layer's input
+    if model.norm_position == "after":
+        per_token += model.hidden_size * size  # the MLP's output; attention's is in the MLP's input's stead
     if trainer.recompute_granularity != "full":
         # the MLP's input, attention's output and log-sum-exp
         per_token += (model.hidden_size + query) * size + model.num_attention_heads * FP32
+        if has_wide_norm(model) and p.attention_buckets > 1:
+            per_token += 2 * FP32  # 1 / rms of q and of k
     if trainer.recompute_granularity == "none":
         ffn = -(-model.ffn_hidden_size // p.tp) * p.tp  # the largest share's, as if all had it
         per_token += (query + 2 * kv + 2 * ffn) * size

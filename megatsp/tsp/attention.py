@@ -6,7 +6,7 @@ alone: nothing is all-reduced.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,12 +33,17 @@ class Positions:
     sin: Tensor
     documents: Documents | None
 
+    def without_rotary(self) -> "Positions":
+        """The same, for layers that turn nothing: all angles are 0."""
+        return replace(self, cos=torch.ones_like(self.cos), sin=torch.zeros_like(self.sin))
+
 
 @dataclass
 class HeadVectors:
     """The small parameters of an attention layer, whole on every rank; None where the model has none.
 
-    biases: of q, k and v, [H d], [K d], [K d]; gains: of the norms of q and k heads, [d] each.
+    biases: of q, k and v, [H d], [K d], [K d]; gains: of the norms of q and k: [d] each, over each head, or
+    [H d] and [K d], over all.
     """
 
     biases: tuple[Tensor, Tensor, Tensor] | None = None
@@ -76,7 +81,10 @@ class SavedBucket:
 
 
 class StreamedAttention:
-    """One layer's attention; `stream` brings its weights, `sequence` exchanges keys and values."""
+    """One layer's attention; `stream` brings its weights, `sequence` exchanges keys and values.
+
+    Norms over all heads need them in one bucket: see tsp/attention_wide_norm.py.
+    """
 
     def __init__(
         self, model: ModelConfig, stream: WeightStream, sequence: SequenceAttention, kernels: Kernels
@@ -104,7 +112,7 @@ class StreamedAttention:
             projected = self._project(rows, columns, bucket, vectors)
             q, k, v = self._heads(projected.view(*x.shape[:2], -1), bucket, vectors, positions)
             out, lse = self._sequence.forward(q, k, v, positions.documents)
-            y.add(_rows(out), columns.pieces[3].t())
+            y.add(rows_of(out), columns.pieces[3].t())
             saved[step] = SavedBucket(out, lse, projected if keep_projected else None)
 
         self._stream.walk(weights, use, following)
@@ -141,7 +149,7 @@ class StreamedAttention:
             )  # fmt: skip
             dcolumns = gradients.buffer(step)
             # While the gradients of keys and values travel:
-            dcolumns.set(3, 4, drows.t(), _rows(kept.out))
+            dcolumns.set(3, 4, drows.t(), rows_of(kept.out))
             dheads = (dq, *kv_gradients())
             dprojected = self._heads_backward(dheads, projected, bucket, vectors, dvectors, positions)
             dprojected = dprojected.flatten(0, 1)
@@ -164,13 +172,21 @@ class StreamedAttention:
         self, projected: Tensor, bucket: Bucket, vectors: HeadVectors, positions: Positions
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T/D, columns] to q [B, H, T/D, d] and k, v [B, K, T/D, d], normalised and rotated."""
-        q, k, v = (t.unflatten(-1, (-1, self._head_width)) for t in _columns(projected, bucket))
+        q, k, v = columns_of(projected, bucket)
         if vectors.gains:
             q, k = (
-                self._norm.rms_norm(t, g, self._epsilon) for t, g in zip((q, k), vectors.gains, strict=True)
+                self._norm.rms_norm(_groups(t, gain), gain, self._epsilon).flatten(-2)
+                for t, gain in zip((q, k), vectors.gains, strict=True)
             )
-        q, k = (self._rotate(t.transpose(1, 2), positions.cos, positions.sin) for t in (q, k))
-        return q, k, v.transpose(1, 2)
+        return self._rotated(q, k, v, positions)
+
+    def _rotated(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T/D, columns] each to q [B, H, T/D, d] and k, v [B, K, T/D, d], q and k rotated."""
+        q, k, v = (t.unflatten(-1, (-1, self._head_width)).transpose(1, 2) for t in (q, k, v))
+        q, k = (self._rotate(t, positions.cos, positions.sin) for t in (q, k))
+        return q, k, v
 
     def _heads_backward(
         self,
@@ -182,31 +198,52 @@ class StreamedAttention:
         positions: Positions,
     ) -> Tensor:
         """Gradient of the projected columns [B, T/D, columns] in their dtype; adds to `dvectors`."""
-        gradient = torch.empty_like(projected)
-        spans = [t.unflatten(-1, (-1, self._head_width)) for t in _columns(gradient, bucket)]
-        dq, dk, dv = dheads
-        for target, dhead in zip(spans, (dq, dk), strict=False):
-            self._rotate(dhead, positions.cos, positions.sin, inverse=True, out=target.transpose(1, 2))
-        spans[2].copy_(dv.transpose(1, 2))
+        gradient = self._rotated_backward(dheads, projected, bucket, positions)
         if vectors.gains and dvectors.gains:
-            inputs = _columns(projected, bucket)
+            inputs, spans = columns_of(projected, bucket), columns_of(gradient, bucket)
             for i, gain in enumerate(vectors.gains):
-                heads = inputs[i].unflatten(-1, (-1, self._head_width))
-                dhead, dgain = self._norm.rms_norm_backward(spans[i], heads, gain, self._epsilon)
-                spans[i].copy_(dhead)
+                target = _groups(spans[i], gain)
+                dinput, dgain = self._norm.rms_norm_backward(
+                    target, _groups(inputs[i], gain), gain, self._epsilon
+                )
+                target.copy_(dinput)
                 dvectors.gains[i].add_(dgain)
-        if dvectors.biases:
-            for dbias, span, column in zip(
-                dvectors.biases, bucket[:3], _columns(gradient, bucket), strict=True
-            ):
-                dbias[span.start : span.stop] += column.sum((0, 1), dtype=torch.float32)
+        add_bias_gradients(dvectors, gradient, bucket)
+        return gradient
+
+    def _rotated_backward(
+        self, dheads: tuple[Tensor, Tensor, Tensor], like: Tensor, bucket: Bucket, positions: Positions
+    ) -> Tensor:
+        """Gradient of what `_rotated` was given, its columns side by side as in `like`, in its dtype."""
+        gradient = torch.empty_like(like)
+        dq, dk, dv = (
+            t.unflatten(-1, (-1, self._head_width)).transpose(1, 2) for t in columns_of(gradient, bucket)
+        )
+        for target, dhead in ((dq, dheads[0]), (dk, dheads[1])):
+            self._rotate(dhead, positions.cos, positions.sin, inverse=True, out=target)
+        dv.copy_(dheads[2])
         return gradient
 
 
-def _columns(projected: Tensor, bucket: Bucket) -> tuple[Tensor, ...]:
+def add_bias_gradients(dvectors: HeadVectors, gradient: Tensor, bucket: Bucket) -> None:
+    """Adds to the biases' gradients, if there are any, what the projected columns' gives them."""
+    if dvectors.biases:
+        for dbias, span, column in zip(
+            dvectors.biases, bucket[:3], columns_of(gradient, bucket), strict=True
+        ):
+            dbias[span.start : span.stop] += column.sum((0, 1), dtype=torch.float32)
+
+
+def columns_of(projected: Tensor, bucket: Bucket) -> tuple[Tensor, ...]:
+    """The q, k and v columns of a bucket's projection [.., columns]."""
     return projected.split([s.width for s in bucket[:3]], -1)
 
 
-def _rows(heads: Tensor) -> Tensor:
+def _groups(columns: Tensor, gain: Tensor) -> Tensor:
+    """[.., n] to [.., n / m, m]: what is normalised together, by a gain [m] of one head or of all."""
+    return columns.unflatten(-1, (-1, gain.numel()))
+
+
+def rows_of(heads: Tensor) -> Tensor:
     """[B, H, T/D, d] to [B T/D, H d]."""
     return heads.transpose(1, 2).flatten(2).flatten(0, 1)

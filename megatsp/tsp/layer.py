@@ -1,4 +1,4 @@
-"""One decoder layer: x + attention(norm(x)), then + mlp(norm(.)).
+"""One decoder layer: x + attention(norm(x)), then + mlp(norm(.)); or x + norm(attention(x)), + norm(mlp(.)).
 
 Under tensor parallelism norms and residuals see this rank's own tokens, attention and MLP those of
 its tp group (see tp/tokens.py); otherwise the two are the same.
@@ -9,7 +9,9 @@ What the backward computes again, by `recompute_granularity`; beside x every set
     selective  attention's out and log-sum-exp, the MLP's input
     full       nothing: attention runs again first, with its weights, keys and values sent again
 
-The MLP's own forward is never run again: its backward needs its input alone.
+The MLP's own forward is never run again: its backward needs its input alone. Norms after a sublayer
+(tsp/residual.py) need what it gave: `none` and `selective` keep attention's and the MLP's outputs, and
+compute the MLP's input, a norm and a sum away from them, again; `full` keeps the MLP's output.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from megatsp.tp.tokens import GroupTokens
 from megatsp.tsp.attention import HeadVectors, Positions, SavedBucket, StreamedAttention
 from megatsp.tsp.mlp import StreamedMLP
-from megatsp.tsp.operations import Norm
+from megatsp.tsp.residual import Residual
 from megatsp.tsp.small import Small
 
 
@@ -32,7 +34,7 @@ from megatsp.tsp.small import Small
 class LayerTensors:
     """This rank's tensors of one layer, in the order autograd sees them.
 
-    attention: q, k, v, o; mlp: gate, up, down; gains: before attention, before the MLP;
+    attention: q, k, v, o; mlp: gate, up, down; gains: of attention's norm, of the MLP's;
     vectors: biases and head gains.
     """
 
@@ -54,12 +56,11 @@ class StreamedLayer:
         mlp: StreamedMLP,
         small: Small,
         tokens: GroupTokens,
-        norm: Norm,
-        epsilon: float,
+        residual: Residual,
         recompute: str,
     ) -> None:
         self.attention, self.mlp, self.small, self.tokens = attention, mlp, small, tokens
-        self.norm, self.epsilon, self.recompute = norm, epsilon, recompute
+        self.residual, self.recompute = residual, recompute
 
     def prefetch_forward(self, tensors: LayerTensors) -> None:
         self.small.prefetch(tensors.gains)
@@ -89,10 +90,13 @@ class StreamedLayer:
 
 @dataclass
 class _Saved:
+    """middle: the MLP's residual input. outputs: attention's and the MLP's, before a norm of them."""
+
     gains: Tensor
     attention: dict[int, SavedBucket]
-    mlp_input: Tensor | None
+    middle: Tensor | None
     mlp: dict[int, Tensor]
+    outputs: tuple[Tensor | None, Tensor | None]
 
 
 class _Layer(torch.autograd.Function):
@@ -110,22 +114,26 @@ class _Layer(torch.autograd.Function):
     ) -> Tensor:
         gains = layer.small.gains(tensors.gains)
         keep = grad and layer.recompute == "none"
-        middle, normed, attention = _attention_forward(
+        after, full = layer.residual.keeps_outputs, layer.recompute == "full"
+        middle, read, attention, attended = _attention_forward(
             layer, x, gains, tensors, positions, keep, partial(layer.mlp.prefetch, tensors.mlp)
         )
-        full = layer.recompute == "full"
         if full or not grad:
             attention.clear()
-        normed = layer.tokens.gather(normed, "mlp/tokens").wait()
-        y, mlp = layer.mlp.forward(normed, tensors.mlp, keep, following)
+            attended = None
+        read = layer.tokens.gather(read, "mlp/tokens").wait()
+        y, mlp = layer.mlp.forward(read, tensors.mlp, keep, following)
         y = layer.tokens.reduce_scatter(y, "mlp/tokens").wait()
+        if after:
+            y = y.to(x.dtype)
         if grad:
             ctx.save_for_backward(x, *flat)
             ctx.layer, ctx.positions, ctx.preceding = layer, positions, preceding
             ctx.vectors_present = tensors.vectors.present
             # Not by save_for_backward, which is for inputs and outputs; backward lets go of it.
-            ctx.kept = _Saved(gains, attention, None if full else middle, mlp)
-        return y.add_(middle).to(x.dtype)
+            kept_middle = None if full or after else middle
+            ctx.kept = _Saved(gains, attention, kept_middle, mlp, (attended, y if after else None))
+        return layer.residual.add(middle, y, gains[1])
 
     @staticmethod
     @once_differentiable
@@ -137,28 +145,35 @@ class _Layer(torch.autograd.Function):
         prefetch_attention = partial(layer.attention.prefetch, tensors.attention)
         prefetch_mlp = partial(layer.mlp.prefetch, tensors.mlp)
 
-        middle, attention, kept.mlp_input = kept.mlp_input, kept.attention, None
-        norm, epsilon = layer.norm, layer.epsilon
-        if middle is None:
-            middle, normed, attention = _attention_forward(
-                layer, x, kept.gains, tensors, positions, True, prefetch_mlp
+        middle, attention, (attended, y) = kept.middle, kept.attention, kept.outputs
+        kept.middle, kept.outputs = None, (None, None)
+        residual, gains = layer.residual, kept.gains
+        if layer.recompute == "full":
+            middle, read, attention, attended = _attention_forward(
+                layer, x, gains, tensors, positions, True, prefetch_mlp
             )
         else:
-            normed = norm.rms_norm(middle, kept.gains[1], epsilon)
-        normed, dy = _gathered(layer.tokens, normed, dout, "mlp/tokens")
-        dnormed, mlp_gradients = layer.mlp.backward(dy, normed, tensors.mlp, kept.mlp, prefetch_attention)
-        dnormed = layer.tokens.reduce_scatter(dnormed, "mlp/tokens").wait()
-        dmiddle, dgain_mlp = norm.rms_norm_backward(dnormed, middle, kept.gains[1], epsilon, dout)
-        del middle, normed, dy, dnormed
+            if middle is None:
+                assert attended is not None
+                middle = residual.add(x, attended, gains[0])
+            read = residual.read(middle, gains[1])
+        dy, finish = residual.backward(dout, middle, y, gains[1])
+        del middle, y
+        read, dy = _gathered(layer.tokens, read, dy, "mlp/tokens")
+        dread, mlp_gradients = layer.mlp.backward(dy, read, tensors.mlp, kept.mlp, prefetch_attention)
+        dread = layer.tokens.reduce_scatter(dread, "mlp/tokens").wait()
+        dmiddle, dgain_mlp = finish(dread)
+        del finish, read, dy, dread
 
-        normed = norm.rms_norm(x, kept.gains[0], epsilon)
-        normed, dy = _gathered(layer.tokens, normed, dmiddle.to(x.dtype), "attention/tokens")
-        dnormed, attention_gradients, dvectors = layer.attention.backward(
-            dy, normed, tensors.attention, tensors.vectors, positions, attention, preceding
+        dy, finish = residual.backward(dmiddle, x, attended, gains[0])
+        del attended
+        read, dy = _gathered(layer.tokens, residual.read(x, gains[0]), dy, "attention/tokens")
+        dread, attention_gradients, dvectors = layer.attention.backward(
+            dy, read, tensors.attention, tensors.vectors, positions, attention, preceding
         )
-        dnormed = layer.tokens.reduce_scatter(dnormed, "attention/tokens").wait()
-        del normed, dy
-        dx, dgain_attention = norm.rms_norm_backward(dnormed, x, kept.gains[0], epsilon, dmiddle)
+        dread = layer.tokens.reduce_scatter(dread, "attention/tokens").wait()
+        del read, dy
+        dx, dgain_attention = finish(dread)
 
         small = layer.small.reduce([dgain_attention, dgain_mlp], dvectors)
         gradients = [*attention_gradients.finish(), *mlp_gradients.finish()]
@@ -178,16 +193,20 @@ def _attention_forward(
     positions: Positions,
     keep_projected: bool,
     following: Callable[[], None],
-) -> tuple[Tensor, Tensor, dict[int, SavedBucket]]:
-    """x + attention(norm(x)) in x's dtype, the norm of that, and what attention's backward needs."""
-    normed = layer.norm.rms_norm(x, gains[0], layer.epsilon)
-    normed = layer.tokens.gather(normed, "attention/tokens").wait()
+) -> tuple[Tensor, Tensor, dict[int, SavedBucket], Tensor | None]:
+    """x with attention's part added, what the MLP reads, and what the backward needs of attention.
+
+    That is its buckets, and where outputs are kept its output, all in x's dtype.
+    """
+    read = layer.tokens.gather(layer.residual.read(x, gains[0]), "attention/tokens").wait()
     y, saved = layer.attention.forward(
-        normed, tensors.attention, tensors.vectors, positions, keep_projected, following
+        read, tensors.attention, tensors.vectors, positions, keep_projected, following
     )
     y = layer.tokens.reduce_scatter(y, "attention/tokens").wait()
-    del normed
-    return *layer.norm.add_rms_norm(x, y, gains[1], layer.epsilon, inplace=True), saved
+    del read
+    kept = y = y.to(x.dtype) if layer.residual.keeps_outputs else y
+    middle, read = layer.residual.add_and_read(x, y, gains[0], gains[1])
+    return middle, read, saved, kept if layer.residual.keeps_outputs else None
 
 
 def _gathered(tokens: GroupTokens, x: Tensor, dy: Tensor, label: str) -> tuple[Tensor, Tensor]:

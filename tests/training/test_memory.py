@@ -136,6 +136,19 @@ def test_recompute_and_dtype():
     assert held.weights == predicted().weights
 
 
+@pytest.mark.parametrize(("recompute", "inverses"), [("none", 2), ("selective", 2), ("full", 0)])
+def test_norms_after_and_over_all_heads(recompute, inverses):
+    """Each of 36 tokens has one more vector of h; 1 / rms of q and of k if there are several buckets."""
+    model = dict(norm_position="after", qk_layernorm=True, qk_layernorm_width="all", add_qkv_bias=False)
+    trainer = replace(CONFIG.trainer, recompute_granularity=recompute)
+    for buckets, kept in ((1, 0), (2, inverses)):
+        parallel = replace(CONFIG.parallel, attention_buckets=buckets)
+        config = replace(CONFIG, model=replace(CONFIG.model, **model), parallel=parallel, trainer=trainer)
+        held, before = predict(validate(config, 1)), predicted(recompute=recompute)
+        assert held.saved_activations == before.saved_activations + 2 * 36 * 4 * (6 + kept)
+        check_parameters(held, 2 * (2 * 48 + 2 * 24 + 3 * 42 + 12 + 8 + 4) + 6 + 66)
+
+
 def test_more_buckets_are_smaller():
     assert predicted(2, tsp=2).gathered == 2 * 4 * 24 * 6  # attention: 8 + 4 + 4 + 8 rows of h
     held = predicted(2, tsp=2, attention_buckets=2, mlp_buckets=4, head_buckets=3)
