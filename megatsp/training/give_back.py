@@ -6,7 +6,6 @@
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from megatsp.training.folder import run_folder
 MODEL, ADAPTER, RECORD = "hf", "adapter", "export.json"
 
 
-def give_back(config: Config) -> None:
-    """Exports what finetune.export names, unless it was exported already, and says where it is.
+def give_back(config: Config, again: bool) -> None:
+    """Exports what finetune.export names, and says where it is.
+
+    again: also what was exported before.
 
     Raises:
         ValueError: there is something else where it would go, or the exported logits are not ours.
@@ -34,7 +35,7 @@ def give_back(config: Config) -> None:
     writers = _writers(config, found)
     record = {"checkpoint": found.name, "dtype": finetune.export_dtype, "folders": list(writers)}
     before = _read_record(run)
-    if before == record and all((run / name).is_dir() for name in writers):
+    if not again and before == record and all((run / name).is_dir() for name in writers):
         print(f" exported:   {', '.join(str(run / name) for name in writers)} already, from {found.name}")
         return
     for name in writers:
@@ -43,14 +44,12 @@ def give_back(config: Config) -> None:
             raise ValueError(
                 f"{output} was there before: move it away, and the same command exports {found} to it"
             )
-    (run / RECORD).unlink(missing_ok=True)
+    replace_text(run / RECORD, json.dumps({**record, "checkpoint": None}) + "\n")  # not yet
     for name, write in writers.items():
-        output, temporary = run / name, run / f"{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was cut off
-        report = write(temporary)
-        shutil.rmtree(output, ignore_errors=True)
-        temporary.rename(output)
-        print(f" exported:   {output}, from {found.name}" + (f"; verified: {report}" if report else ""))
+        report = write(run / name)
+        print(f" exported:   {run / name}, from {found.name}")
+        if report is not None:
+            print(f" verified:   {report}", flush=True)
     replace_text(run / RECORD, json.dumps(record, indent=2) + "\n")
 
 
@@ -61,7 +60,8 @@ def _writers(config: Config, found: Path) -> dict[str, Callable[[Path], Any]]:
 
     finetune = config.finetune
     if not finetune.lora_rank:
-        return {MODEL: lambda output: export(found, output, finetune.export_dtype, verify=finetune.verify)}
+        dtype, verify = finetune.export_dtype, finetune.verify
+        return {MODEL: lambda output: export(found, output, dtype, verify=verify, force=True)}
     writers: dict[str, Callable[[Path], Any]] = {
         ADAPTER: lambda output: write_adapter(found, output, finetune.hf)
     }
@@ -71,7 +71,7 @@ def _writers(config: Config, found: Path) -> dict[str, Callable[[Path], Any]]:
 
 
 def _read_record(run: Path) -> dict[str, Any]:
-    """What was exported before; empty if nothing was, or not to the end."""
+    """What was exported before; checkpoint is null if not to the end. Empty if nothing was."""
     try:
         found = json.loads((run / RECORD).read_text())
     except (OSError, ValueError):

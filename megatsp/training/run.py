@@ -55,11 +55,14 @@ def train(config: Config) -> None:
     try:
         config = validate(config, dist.get_world_size())
         with _interrupts() as interrupted:
-            finished = Training(config, device).run(interrupted) and dist.get_rank() == 0
+            training = Training(config, device)
+            was_over = training.ended
+            gives_back = training.run(interrupted) and training.is_first and config.finetune.hf
+            del training  # and its memory
     finally:
         dist.destroy_process_group()
-    if finished and config.finetune.hf:  # now: no rank waits in a collective, however long it takes
-        give_back(config)
+    if gives_back:  # now: no rank waits in a collective, however long it takes
+        give_back(config, again=not was_over)
 
 
 class Training:
