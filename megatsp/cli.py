@@ -19,6 +19,7 @@ usage: megatsp COMMAND [arguments]
   bench      compare ways to run a GPT           megatsp bench --help
   preprocess tokenise texts to train on          megatsp preprocess --help
   data       look at what a training reads       megatsp data --help
+  convert    from and to Hugging Face            megatsp convert --help
 
   --version  print the version
   --help     print this text
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": partial(_train, "train"), "sft": partial(_train, "sft"), "generate": _generate,
-        "bench": _bench, "preprocess": _preprocess, "data": _data,
+        "bench": _bench, "preprocess": _preprocess, "data": _data, "convert": _convert,
     }  # fmt: skip
     name, *rest = arguments or ["--help"]
     if name in ("--help", "-h"):
@@ -152,6 +153,14 @@ def _data(arguments: list[str]) -> int:
 
     if "RANK" in os.environ:
         raise ValueError("megatsp data needs no ranks: start it without torchrun or srun")
+    return run(arguments)
+
+
+def _convert(arguments: list[str]) -> int:
+    from megatsp.hf.command import run
+
+    if "RANK" in os.environ:
+        raise ValueError("megatsp convert is one process: start it without torchrun or srun")
     return run(arguments)
 
 
