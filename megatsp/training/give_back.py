@@ -55,13 +55,14 @@ def give_back(config: Config, again: bool) -> None:
 
 def _writers(config: Config, found: Path) -> dict[str, Callable[[Path], Any]]:
     """By folder of the run: what writes it, given where, and returns what was verified."""
-    from megatsp.hf.adapter import write_adapter, write_merged
     from megatsp.hf.export import export
 
     finetune = config.finetune
     if not finetune.lora_rank:
         dtype, verify = finetune.export_dtype, finetune.verify
         return {MODEL: lambda output: export(found, output, dtype, verify=verify, force=True)}
+    from megatsp.hf.adapter import write_adapter, write_merged
+
     writers: dict[str, Callable[[Path], Any]] = {
         ADAPTER: lambda output: write_adapter(found, output, finetune.hf)
     }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from runs import full_state, start_training
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuning import T, prepare_chats, save_checkpoint, tuning
 
@@ -37,13 +37,18 @@ class After:
 
 
 def run_all(jobs: list[tuple[Config, int]]) -> list[dict[str, Any]]:
-    """On a rank: each run, interrupted after so many steps; its tensors, and the logits after IDS."""
+    """On a rank: each run, interrupted after so many steps; its tensors, logits after IDS, likeliest tokens."""
     found = []
     for config, steps in jobs:
         training = start_training(config)
         ended = training.run(After(steps))  # type: ignore[arg-type]
-        logits = next_token_logits(training.gpt, training.axes, IDS)
-        found.append({"ended": ended, "state": training.state, "logits": logits, "all": full_state(training)})
+        ids = list(IDS)
+        logits = [next_token_logits(training.gpt, training.axes, IDS)]
+        while len(ids) < len(IDS) + 6:
+            ids.append(int(logits[-1].argmax()))
+            logits.append(next_token_logits(training.gpt, training.axes, ids))
+        found.append({"ended": ended, "state": training.state, "logits": logits[0], "greedy": ids})
+        found[-1]["all"] = full_state(training)
     return found
 
 
@@ -129,8 +134,10 @@ def test_what_is_given_back_is_what_was_tuned(runs, configs, folder, capsys):
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
     with torch.no_grad():
         theirs = model(torch.tensor([IDS])).logits[0, -1]
+        greedy = model.generate(torch.tensor([IDS]), do_sample=False, max_new_tokens=6, eos_token_id=-1)
     ours = runs["extended"]["logits"]
     assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert greedy[0].tolist() == runs["extended"]["greedy"]
     assert AutoTokenizer.from_pretrained(exported).chat_template
     tuned = load_file(exported / "model.safetensors")
     for name, tensor in runs["extended"]["all"].items():
@@ -179,21 +186,20 @@ def test_the_pointer_to_the_best(tmp_path):
     assert checkpoint.chosen(tmp_path, "10") == tmp_path / "iter_0000010"
 
 
-def refused(config: Config) -> str:
-    """On a rank: what a run says that is not begun."""
-    try:
-        start_training(config)
-    except ValueError as error:
-        return str(error)
-    return "it began"
+def refused(configs: list[Config]) -> list[str]:
+    """On a rank: what runs say that are not begun."""
+    said = []
+    for config in configs:
+        with pytest.raises(ValueError) as caught:
+            start_training(config)
+        said.append(str(caught.value))
+    return said
 
 
 def test_what_is_refused_when_it_is_resumed(runs, configs, folder, tmp_path):
     save_checkpoint(tmp_path / "hf", folder / "tokenizer")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     weights["model.norm.weight"][0] += 1
-    from safetensors.torch import save_file
-
     save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
     one = ["parallel.tsp=1"]
     changed = tuning(folder, *EVERY_TWO, *one, "name=whole", f"finetune.hf={tmp_path}/hf")
@@ -202,7 +208,7 @@ def test_what_is_refused_when_it_is_resumed(runs, configs, folder, tmp_path):
     moved = folder_of(folder / "stopped" / "checkpoints", best).rename(tmp_path / "moved")
     with_adapters = tuning(folder, *EVERY_TWO, *one, "name=whole", "finetune.lora_rank=2")
     without = replace(changed, finetune=replace(changed.finetune, hf=""))
-    said = [run_distributed(refused, 1, config)[0] for config in (changed, lost, with_adapters, without)]
+    said = run_distributed(refused, 1, [changed, lost, with_adapters, without])[0]
     moved.rename(folder_of(folder / "stopped" / "checkpoints", best))
     assert f"finetune.hf={tmp_path}/hf has changed: its fingerprint is" in said[0]
     assert "of the lowest validation loss, is not there: restore it" in said[1]
