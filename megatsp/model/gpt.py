@@ -12,7 +12,7 @@ here with plain torch modules and computed with by the `stream` objects that par
 attaches: how weights and tokens are spread is not said here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,14 @@ from torch.distributed.tensor import DTensor
 
 from megatsp.cp.documents import Documents
 from megatsp.model.rotary import rotary_table
-from megatsp.schema import ModelConfig
+from megatsp.schema import MATRICES, ModelConfig
 from megatsp.tsp.attention import HeadVectors, Positions
 from megatsp.tsp.head import StreamedHead
 from megatsp.tsp.layer import LayerTensors, StreamedLayer
+from megatsp.tsp.lora import AdapterPair
+
+# An adapter's two modules in that of its matrix, named as in PEFT.
+ADAPTER = ("lora_A", "lora_B")
 
 
 class Attention(nn.Module):
@@ -81,7 +85,17 @@ class DecoderLayer(nn.Module):
             mlp=[local(p.weight) for p in (m.gate_proj, m.up_proj, m.down_proj)],
             gains=[local(norm.weight) for norm in self.norms],
             vectors=HeadVectors.of([*biases, *gains], bool(biases), bool(gains)),
+            adapters=[
+                AdapterPair(number, *(local(matrix.get_parameter(f"{side}.weight")) for side in ADAPTER))
+                for number, matrix in enumerate(self.matrices())
+                if hasattr(matrix, ADAPTER[0])
+            ],
         )
+
+    def matrices(self) -> list[nn.Linear]:
+        """In the order of MATRICES."""
+        a, m = self.self_attn, self.mlp
+        return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
 
     def forward(
         self,
@@ -187,6 +201,19 @@ class GPT(nn.Module):
 def local(parameter: Tensor) -> Tensor:
     """This rank's shard of a parameter, connected to its gradient."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def add_adapters(gpt: GPT, rank: int, targets: Sequence[str]) -> None:
+    """Freezes all parameters, and gives the layers' `targets` (of MATRICES) adapters to train.
+
+    A [r, in] and B [out, r] are named as in PEFT, `q_proj.lora_A.weight`. What they compute: tsp/lora.py.
+    """
+    gpt.requires_grad_(False)
+    for index in range(gpt.config.num_layers):
+        for name, matrix in zip(MATRICES, gpt.layer(index).matrices(), strict=True):
+            if name in targets:
+                matrix.lora_A = nn.Linear(matrix.in_features, rank, bias=False)
+                matrix.lora_B = nn.Linear(rank, matrix.out_features, bias=False)
 
 
 def has_rotary(model: ModelConfig, index: int) -> bool:
