@@ -166,6 +166,10 @@ def _finetune_errors(config: Config) -> Iterator[str]:
     for key in ("lora_alpha", "lora_targets", "lora_merge"):
         if not f.lora_rank and getattr(f, key) != getattr(plain, key):
             yield f"finetune.{key}: only adapters have it; set finetune.lora_rank, as finetune=lora does"
+    if f.export_dtype != "auto" and f.lora_rank and not f.lora_merge:
+        yield f"finetune.export_dtype={f.export_dtype}: adapters alone are fp32; set finetune.lora_merge=true"
+    if f.export == "none" and (f.lora_merge or f.export_dtype != "auto"):
+        yield "finetune.export=none: nothing is exported; leave lora_merge and export_dtype out"
     if f.early_stopping:
         fix = "set finetune.early_stopping=0, or"
         if not config.data.valid_path and not config.data.valid_fraction:

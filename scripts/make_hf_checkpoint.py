@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 # By family: transformers' model type, and what its configuration has beside the sizes of all.
 FAMILIES = {
@@ -24,45 +24,41 @@ FAMILIES = {
 END_OF_TURN = "<|im_end|>"  # ChatML's
 
 
+def make(
+    family: str, folder: Path, tokenizer: Path, template: Path | None = None, h: int = 128, layers: int = 4
+) -> None:
+    """Writes the folder. h: the residual width."""
+    text = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    if template is not None:
+        text.chat_template = template.read_text()
+    kind, more = FAMILIES[family]
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(text), hidden_size=h, intermediate_size=3 * h, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=h // 4, max_position_embeddings=512,
+        bos_token_id=None, pad_token_id=None, eos_token_id=text.eos_token_id, **more,
+    )  # fmt: skip
+    torch.manual_seed(1234)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    ends = [text.eos_token_id, text.convert_tokens_to_ids(END_OF_TURN)]
+    model.generation_config.eos_token_id = [i for i in ends if i is not None]
+    model.save_pretrained(folder)
+    text.save_pretrained(folder)
+    print(f"{folder}: {family}, {model.num_parameters():,} random parameters")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="a folder with a tokenizer.json")
     parser.add_argument("--chat-template", type=Path, help="a Jinja file, for a tokenizer that has none")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=1234)
     given = parser.parse_args()
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(given.tokenizer)
-    if given.chat_template:
-        tokenizer.chat_template = given.chat_template.read_text()
-    kind, more = FAMILIES[given.family]
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=len(tokenizer),
-        hidden_size=given.hidden_size,
-        intermediate_size=3 * given.hidden_size,
-        num_hidden_layers=given.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=given.hidden_size // 4,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        pad_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        **more,
-    )
-    set_seed(given.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
-    model.generation_config.eos_token_id = [i for i in ends if i is not None]
-    model.save_pretrained(given.folder)
-    tokenizer.save_pretrained(given.folder)
-    print(f"{given.folder}: {given.family}, {model.num_parameters():,} random parameters")
+    make(
+        given.family, given.folder, given.tokenizer, given.chat_template, given.hidden_size, given.layers
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -56,18 +56,21 @@ def give_back(config: Config, again: bool) -> None:
 def _writers(config: Config, found: Path) -> dict[str, Callable[[Path], Any]]:
     """By folder of the run: what writes it, given where, and returns what was verified."""
     from megatsp.hf.export import export
+    from megatsp.hf.output import whole_folder
 
     finetune = config.finetune
+    dtype, verify = finetune.export_dtype, finetune.verify
     if not finetune.lora_rank:
-        dtype, verify = finetune.export_dtype, finetune.verify
         return {MODEL: lambda output: export(found, output, dtype, verify=verify, force=True)}
-    from megatsp.hf.adapter import write_adapter, write_merged
+    from megatsp.hf.adapter import export_merged, write_adapter
 
-    writers: dict[str, Callable[[Path], Any]] = {
-        ADAPTER: lambda output: write_adapter(found, output, finetune.hf)
-    }
+    def adapter(output: Path) -> None:
+        with whole_folder(output, force=True, num_bytes=0) as temporary:
+            write_adapter(found, temporary, finetune.hf)
+
+    writers: dict[str, Callable[[Path], Any]] = {ADAPTER: adapter}
     if finetune.lora_merge:
-        writers[MODEL] = lambda output: write_merged(config, found, output)
+        writers[MODEL] = lambda output: export_merged(found, output, dtype, verify=verify, force=True)
     return writers
 
 

@@ -37,7 +37,7 @@ class After:
 
 
 def run_all(jobs: list[tuple[Config, int]]) -> list[dict[str, Any]]:
-    """On a rank: each run, interrupted after so many steps; its tensors, logits after IDS, likeliest tokens."""
+    """On a rank: each run, interrupted after so many steps: what became of it, and what it says to IDS."""
     found = []
     for config, steps in jobs:
         training = start_training(config)
