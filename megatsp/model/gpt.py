@@ -12,7 +12,7 @@ here with plain torch modules and computed with by the `stream` objects that par
 attaches: how weights and tokens are spread is not said here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from megatsp.cp.documents import Documents
 from megatsp.model.rotary import rotary_table
-from megatsp.schema import MATRICES, ModelConfig
+from megatsp.schema import MATRICES, FinetuneConfig, ModelConfig
 from megatsp.tsp.attention import HeadVectors, Positions
 from megatsp.tsp.head import StreamedHead
 from megatsp.tsp.layer import LayerTensors, StreamedLayer
@@ -203,15 +203,20 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def add_adapters(gpt: GPT, rank: int, targets: Sequence[str]) -> None:
-    """Freezes all parameters, and gives the layers' `targets` (of MATRICES) adapters to train.
+def add_adapters(gpt: GPT, finetune: FinetuneConfig) -> None:
+    """Freezes all parameters, and gives the layers' matrices finetune.lora_targets adapters to train.
+
+    Does nothing if finetune.lora_rank is 0.
 
     A [r, in] and B [out, r] are named as in PEFT, `q_proj.lora_A.weight`. What they compute: tsp/lora.py.
     """
+    rank = finetune.lora_rank
+    if not rank:
+        return
     gpt.requires_grad_(False)
     for index in range(gpt.config.num_layers):
         for name, matrix in zip(MATRICES, gpt.layer(index).matrices(), strict=True):
-            if name in targets:
+            if name in finetune.lora_targets:
                 matrix.lora_A = nn.Linear(matrix.in_features, rank, bias=False)
                 matrix.lora_B = nn.Linear(rank, matrix.out_features, bias=False)
 
@@ -225,3 +230,11 @@ def count_parameters(model: ModelConfig) -> int:
     """Number of parameters; a tied matrix counts once."""
     with torch.device("meta"):
         return sum(p.numel() for p in GPT(model).parameters())
+
+
+def adapter_shapes(model: ModelConfig, finetune: FinetuneConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the adapters' parameters by name; none if finetune.lora_rank is 0."""
+    with torch.device("meta"):
+        gpt = GPT(model)
+        add_adapters(gpt, finetune)
+    return {name: tuple(p.shape) for name, p in gpt.named_parameters() if ".lora_" in name}

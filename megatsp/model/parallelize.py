@@ -92,8 +92,7 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
     _check_attention(config, axes.device)
     with torch.device("meta"):
         gpt = GPT(config.model)
-        if config.finetune.lora_rank:
-            add_adapters(gpt, config.finetune.lora_rank, config.finetune.lora_targets)
+        add_adapters(gpt, config.finetune)
     _shard(gpt, config, axes)
     if axes.has_fsdp:
         _apply_fsdp(gpt, DTYPES[config.trainer.dtype], axes)

@@ -74,9 +74,7 @@ class Base:
             lines.append("not verified against transformers: finetune.verify=false")
         ours, theirs = self._config.model, self.source.model
         if (ours.rotary_base, ours.rotary_scaling) != (theirs.rotary_base, theirs.rotary_scaling):
-            lines.append(
-                "its rotary embedding is changed: exported weights say so, an adapter alone cannot"
-            )
+            lines.append("its rotary embedding is changed: exported weights say so, an adapter alone cannot")
         if not self._is_own_tokenizer:
             lines.append(
                 f"data.tokenizer={self._config.data.tokenizer} is not the tokenizer of {finetune.hf}: "

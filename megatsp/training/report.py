@@ -1,9 +1,10 @@
 """What `--dry-run` says of a configuration, computed without starting a rank."""
 
+import math
 from collections.abc import Iterator
 
-from megatsp.model.gpt import count_parameters
-from megatsp.schema import AXES, Config, FinetuneConfig, ModelConfig, ParallelConfig
+from megatsp.model.gpt import adapter_shapes, count_parameters
+from megatsp.schema import AXES, Config, ParallelConfig
 from megatsp.training.folder import run_folder
 from megatsp.training.memory import predict
 from megatsp.validate import dp_size
@@ -42,22 +43,14 @@ def _tuning(config: Config) -> Iterator[tuple[str, str]]:
     f, model = config.finetune, config.model
     yield "tunes", f.hf
     if f.lora_rank:
-        count, targets = count_adapter_parameters(model, f), ", ".join(f.lora_targets)
+        count = sum(math.prod(shape) for shape in adapter_shapes(model, f).values())
+        targets = ", ".join(f.lora_targets)
         yield "trained", f"{count:,} in adapters of rank {f.lora_rank} on {targets}"
     else:
         yield "trained", f"all {count_parameters(model):,}"
     what = ["adapter (PEFT)"] * bool(f.lora_rank) + ["hf"] * (not f.lora_rank or f.lora_merge)
     folders = " and ".join(f"{run_folder(config)}/{name}" for name in what)
     yield "gives back", "nothing" if f.export == "none" else f"the {f.export} checkpoint, as {folders}"
-
-
-def count_adapter_parameters(model: ModelConfig, finetune: FinetuneConfig) -> int:
-    """Of all layers: rank times the matrix's rows and columns, for each matrix with an adapter."""
-    h, d = model.hidden_size, model.kv_channels
-    query, kv, ffn = model.num_attention_heads * d, model.num_query_groups * d, model.ffn_hidden_size
-    others = {"q_proj": query, "k_proj": kv, "v_proj": kv, "o_proj": query}  # the size beside h
-    widths = sum(h + others.get(name, ffn) for name in finetune.lora_targets)
-    return model.num_layers * finetune.lora_rank * widths
 
 
 def _who_holds_what(parallel: ParallelConfig) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_distributed
+from peft import PeftModel
 from runs import full_state, start_training
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,22 +62,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def configs(folder: Path) -> dict[str, Config]:
+    lora = ["finetune=lora", "finetune.lora_rank=4", "finetune.lora_targets=[q_proj,down_proj]"]
     extended = ["model.rotary_scaling.type=yarn", "model.rotary_scaling.factor=2", "trainer.seq_length=256"]
     return {
         "whole": tuning(folder, *EVERY_TWO, "name=whole"),
         "parts": tuning(folder, *EVERY_TWO, "name=parts"),
         "stopped": tuning(folder, *EVERY_TWO, "optimizer.lr=1", "finetune.early_stopping=2", "name=stopped"),
         "extended": tuning(folder, *EVERY_TWO, *extended, "trainer.train_iters=3", "name=extended"),
+        "adapters": tuning(folder, *EVERY_TWO, *lora, "trainer.train_iters=4", "name=adapters"),
+        "adapters in parts": tuning(folder, *EVERY_TWO, *lora, "trainer.train_iters=4", "name=adapters2"),
     }
 
 
 @pytest.fixture(scope="module")
 def runs(configs: dict[str, Config]) -> dict[str, dict[str, Any]]:
     """All runs on one start of two ranks."""
-    jobs = [("whole", 99), ("parts", 3), ("parts", 99), ("stopped", 99), ("stopped", 99), ("extended", 99)]
-    results = run_distributed(run_all, 2, [(configs[name], steps) for name, steps in jobs])[0]
-    names = ["whole", "interrupted", "parts", "stopped", "stopped again", "extended"]
-    return dict(zip(names, results, strict=True))
+    jobs = {
+        "whole": ("whole", 99), "interrupted": ("parts", 3), "parts": ("parts", 99), "stopped": ("stopped", 99),
+        "stopped again": ("stopped", 99), "extended": ("extended", 99), "adapters": ("adapters", 99),
+        "adapters interrupted": ("adapters in parts", 1), "adapters in parts": ("adapters in parts", 99),
+    }  # fmt: skip
+    results = run_distributed(run_all, 2, [(configs[name], steps) for name, steps in jobs.values()])[0]
+    return dict(zip(jobs, results, strict=True))
 
 
 def validation(folder: Path, name: str) -> dict[int, float]:
@@ -108,6 +115,34 @@ def test_a_resumed_run_is_the_same_bit_for_bit(runs, folder):
     whole, parts = (read_state(folder_of(checkpoints, 8)) for checkpoints in saved)
     assert replace(whole, wandb_run_id="") == replace(parts, wandb_run_id="")
     assert (saved[0] / BEST).read_text() == (saved[1] / BEST).read_text() == f"{whole.best_iteration}\n"
+
+
+def test_only_adapters_are_trained_and_saved_and_a_resumed_run_is_the_same(runs, folder):
+    whole, parts = runs["adapters"], runs["adapters in parts"]
+    assert runs["adapters interrupted"]["state"].iteration == 2 and parts["state"].iteration == 4
+    for name, tensor in whole["all"].items():
+        assert torch.equal(tensor, parts["all"][name]), name
+    saved = folder_of(folder / "adapters" / "checkpoints", 4)
+    names = {name for file in saved.glob("*.safetensors") for name in load_file(file)}
+    assert names and all(".lora_" in name for name in names)
+    owners = {name.split(".")[-3] for name in names}
+    assert owners == {"q_proj", "down_proj"} and len(names) == 3 * 2 * 2 * 2  # with two moments
+    before = load_file(folder / "hf" / "model.safetensors")
+    assert all(torch.equal(before[name], whole["all"][name]) for name in before)
+
+
+def test_adapters_are_given_back_as_peft_and_merged(runs, configs, folder):
+    config = configs["adapters"]
+    config = replace(config, finetune=replace(config.finetune, export="last", lora_merge=True))
+    give_back(config, again=True)
+    given = folder / "adapters"
+    base = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(given / "hf", dtype=torch.float32)
+    for model in (PeftModel.from_pretrained(base, given / "adapter").eval(), merged.eval()):
+        with torch.no_grad():
+            theirs = model(torch.tensor([IDS])).logits[0, -1]
+        ours = runs["adapters"]["logits"]
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 def test_early_stopping(runs, configs, folder, capfd):
