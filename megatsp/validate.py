@@ -21,7 +21,7 @@ from megatsp.parallel_rules import (
     resolve_axes,
     split_errors,
 )
-from megatsp.schema import AXES, Config, ModelConfig, RotaryScaling
+from megatsp.schema import AXES, MATRICES, Config, ModelConfig, RotaryScaling
 
 
 def validate(config: Config, world_size: int) -> Config:
@@ -110,6 +110,7 @@ def _rule_errors(config: Config) -> Iterator[str]:
             yield f"{path} is empty: give a path"
     yield from _data_errors(config)
     yield from _model_errors(config)
+    yield from _adapter_errors(config)
     yield from _scheduler_errors(config)
 
     p = config.parallel
@@ -154,6 +155,22 @@ def _model_errors(config: Config) -> Iterator[str]:
     yield from _yarn_errors(config.model)
     if m.qk_layernorm_width == "all" and not m.qk_layernorm:
         yield "model.qk_layernorm_width=all: needs model.qk_layernorm=true; or use width head"
+
+
+def _adapter_errors(config: Config) -> Iterator[str]:
+    """An adapter's rank is below both sides of its matrix, or it would be no smaller than that."""
+    rank = config.finetune.lora_rank
+    for name, (rows, columns) in _matrix_shapes(config.model).items():
+        if name in config.finetune.lora_targets and rank > min(rows, columns):
+            yield f"finetune.lora_rank={rank}: {name} is {rows} x {columns}; use at most {min(rows, columns)}"
+
+
+def _matrix_shapes(m: ModelConfig) -> dict[str, tuple[int, int]]:
+    """[out, in] of a layer's matrices, by name."""
+    query, kv = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels
+    h, ffn = m.hidden_size, m.ffn_hidden_size
+    shapes = [(query, h), (kv, h), (kv, h), (h, query), (ffn, h), (ffn, h), (h, ffn)]
+    return dict(zip(MATRICES, shapes, strict=True))
 
 
 def _yarn_errors(model: ModelConfig) -> Iterator[str]:

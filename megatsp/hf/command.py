@@ -167,7 +167,7 @@ def _export_adapters(given: Any, folder: Path, config: Config, max_bytes: int) -
             write_adapter(folder, temporary, config.finetune.hf)
         print(f"wrote {given.output}: adapters of {config.finetune.hf}, as PEFT loads them", flush=True)
         return
-    from megatsp.hf.export import export_merged
+    from megatsp.hf.adapter import export_merged
 
     report = export_merged(folder, given.output, given.dtype, max_bytes, not given.no_verify, given.force)
     print(_result(report, given.output), flush=True)

@@ -47,12 +47,16 @@ class HFSource:
 class CheckpointSource:
     """The weights of one of our checkpoints, put together from what its ranks saved.
 
+    shapes: of what is wanted of it, by name; None: the model's parameters.
+
     Raises:
         ValueError: a file is damaged; the weights are not those of the model.
     """
 
-    def __init__(self, folder: Path, model: ModelConfig) -> None:
-        self.shapes = expected_shapes(model)
+    def __init__(
+        self, folder: Path, model: ModelConfig, shapes: dict[str, tuple[int, ...]] | None = None
+    ) -> None:
+        self.shapes = expected_shapes(model) if shapes is None else shapes
         self._last = ""
         # By tensor: the files that hold a part of it, and where that part begins.
         self._parts: dict[str, list[tuple[TensorFile, tuple[int, ...]]]] = {}

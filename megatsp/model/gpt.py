@@ -21,10 +21,14 @@ from torch.distributed.tensor import DTensor
 
 from megatsp.cp.documents import Documents
 from megatsp.model.rotary import rotary_table
-from megatsp.schema import ModelConfig
+from megatsp.schema import MATRICES, FinetuneConfig, ModelConfig
 from megatsp.tsp.attention import HeadVectors, Positions
 from megatsp.tsp.head import StreamedHead
 from megatsp.tsp.layer import LayerTensors, StreamedLayer
+from megatsp.tsp.lora import AdapterPair
+
+# An adapter's two modules in that of its matrix, named as in PEFT.
+ADAPTER = ("lora_A", "lora_B")
 
 
 class Attention(nn.Module):
@@ -81,7 +85,17 @@ class DecoderLayer(nn.Module):
             mlp=[local(p.weight) for p in (m.gate_proj, m.up_proj, m.down_proj)],
             gains=[local(norm.weight) for norm in self.norms],
             vectors=HeadVectors.of([*biases, *gains], bool(biases), bool(gains)),
+            adapters=[
+                AdapterPair(number, *(local(matrix.get_parameter(f"{side}.weight")) for side in ADAPTER))
+                for number, matrix in enumerate(self.matrices())
+                if hasattr(matrix, ADAPTER[0])
+            ],
         )
+
+    def matrices(self) -> list[nn.Linear]:
+        """In the order of MATRICES."""
+        a, m = self.self_attn, self.mlp
+        return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
 
     def forward(
         self,
@@ -189,6 +203,24 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def add_adapters(gpt: GPT, finetune: FinetuneConfig) -> None:
+    """Freezes all parameters, and gives the layers' matrices finetune.lora_targets adapters to train.
+
+    Does nothing if finetune.lora_rank is 0.
+
+    A [r, in] and B [out, r] are named as in PEFT, `q_proj.lora_A.weight`. What they compute: tsp/lora.py.
+    """
+    rank = finetune.lora_rank
+    if not rank:
+        return
+    gpt.requires_grad_(False)
+    for index in range(gpt.config.num_layers):
+        for name, matrix in zip(MATRICES, gpt.layer(index).matrices(), strict=True):
+            if name in finetune.lora_targets:
+                matrix.lora_A = nn.Linear(matrix.in_features, rank, bias=False)
+                matrix.lora_B = nn.Linear(rank, matrix.out_features, bias=False)
+
+
 def has_rotary(model: ModelConfig, index: int) -> bool:
     """Whether layer `index`, counted from 0, turns queries and keys by their positions."""
     return model.no_rope_freq == 0 or (index + 1) % model.no_rope_freq != 0
@@ -198,3 +230,11 @@ def count_parameters(model: ModelConfig) -> int:
     """Number of parameters; a tied matrix counts once."""
     with torch.device("meta"):
         return sum(p.numel() for p in GPT(model).parameters())
+
+
+def adapter_shapes(model: ModelConfig, finetune: FinetuneConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the adapters' parameters by name; none if finetune.lora_rank is 0."""
+    with torch.device("meta"):
+        gpt = GPT(model)
+        add_adapters(gpt, finetune)
+    return {name: tuple(p.shape) for name, p in gpt.named_parameters() if ".lora_" in name}

@@ -15,10 +15,10 @@ from megatsp.axes import Axes
 from megatsp.cp.documents import Documents
 from megatsp.cp.sequence import sequence_attention
 from megatsp.kernels import choose_kernels, resolve
-from megatsp.model.gpt import GPT, DecoderLayer, local
+from megatsp.model.gpt import ADAPTER, GPT, DecoderLayer, add_adapters, local
 from megatsp.model.init import initial_slice
 from megatsp.parallel_rules import has_wide_norm
-from megatsp.schema import Config, ModelConfig, ParallelConfig
+from megatsp.schema import MATRICES, Config, ModelConfig, ParallelConfig
 from megatsp.tp.embedding import embed_vocabulary_parallel
 from megatsp.tp.small import ReplicatedGains
 from megatsp.tp.tokens import GroupTokens
@@ -45,38 +45,43 @@ H_DIM = {
     "gate_proj": 1, "up_proj": 1, "down_proj": 0,
     "input_layernorm": 0, "post_attention_layernorm": 0, "post_feedforward_layernorm": 0, "norm": 0,
 }  # fmt: skip
-LAYER_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def h_dim(name: str) -> int | None:
-    """The h dim of the parameter called `name`; None for biases and head gains, which have none."""
-    owner, kind = name.split(".")[-2:]
+    """The h dim of the parameter called `name`; None for biases, head gains, and one side of each adapter."""
+    *_, adapted, owner, kind = ("", *name.split("."))
+    if owner in ADAPTER:  # A [r, in], B [out, r]
+        dim = H_DIM[adapted]
+        return dim if dim == (1 if owner == "lora_A" else 0) else None
     return None if kind == "bias" else H_DIM.get(owner)
 
 
 def placement(name: str, parallel: ParallelConfig) -> Placement:
     """How a parameter lies on the axis that cuts weights.
 
-    tsp: `hidden` cuts h, `owner` the other dim of a layer's matrices; vectors without h are whole.
-    tp: the other dim of every matrix, and the biases with it; norm and head gains are whole.
+    tsp: `hidden` cuts h, `owner` the other dim of a layer's matrices; vectors and adapters' sides without h
+    are whole, those with h cut over it. tp: the other dim of every matrix, and biases and adapters' sides
+    with it; norm and head gains and adapters' sides with h are whole.
     """
     dim, owner = h_dim(name), name.split(".")[-2]
     if max(parallel.tsp, parallel.tp) == 1:
         return Replicate()
     if parallel.tp > 1:
+        if owner in ADAPTER:
+            return Shard(1 if owner == "lora_A" else 0) if dim is None else Replicate()
         if name.endswith("bias"):
             return Shard(0)
         return Replicate() if dim is None or owner.endswith("norm") else Shard(1 - dim)
     if dim is None:
         return Replicate()
-    return Shard(1 - dim if parallel.tsp_layout == "owner" and owner in LAYER_MATRICES else dim)
+    return Shard(1 - dim if parallel.tsp_layout == "owner" and owner in MATRICES else dim)
 
 
 def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) -> GPT:
     """The GPT of `config` on this rank, with its first weights.
 
-    Parameters are fp32 DTensors over `axes.weights` (its last dim alone without FSDP), named and
-    shaped as in a Hugging Face state dict.
+    Parameters are DTensors over `axes.weights` (its last dim alone without FSDP), named and shaped as in a
+    Hugging Face state dict: fp32, but frozen ones (those beside adapters) are of the compute dtype.
 
     fake: gives the parameters neither memory nor values.
 
@@ -87,7 +92,8 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
     _check_attention(config, axes.device)
     with torch.device("meta"):
         gpt = GPT(config.model)
-    shard(gpt, config.parallel, axes)
+        add_adapters(gpt, config.finetune)
+    shard(gpt, config, axes)
     if axes.has_fsdp:
         _apply_fsdp(gpt, DTYPES[config.trainer.dtype], axes)
     with fake or nullcontext():
@@ -114,14 +120,19 @@ def _check_attention(config: Config, device: torch.device) -> None:
         )
 
 
-def shard(gpt: GPT, parallel: ParallelConfig, axes: Axes) -> None:
+def shard(gpt: GPT, config: Config, axes: Axes) -> None:
     """Replaces every parameter by a DTensor on the axis that cuts weights (still without data)."""
     for name, parameter in list(gpt.named_parameters()):
         module_name, _, kind = name.rpartition(".")
+        trained = parameter.requires_grad
+        dtype = torch.float32 if trained else DTYPES[config.trainer.dtype]
         sharded = distribute_tensor(
-            parameter.data, axes.weights["model"], [placement(name, parallel)], src_data_rank=None
+            parameter.data.to(dtype),
+            axes.weights["model"],
+            [placement(name, config.parallel)],
+            src_data_rank=None,
         )
-        setattr(gpt.get_submodule(module_name), kind, nn.Parameter(sharded))
+        setattr(gpt.get_submodule(module_name), kind, nn.Parameter(sharded, trained))
 
 
 def _apply_fsdp(gpt: GPT, dtype: torch.dtype, axes: Axes) -> None:
@@ -154,7 +165,7 @@ def _apply_fsdp(gpt: GPT, dtype: torch.dtype, axes: Axes) -> None:
 
 
 def reshard(gpt: GPT) -> None:
-    """Back to the sharded fp32 parameters, where a forward without a backward left gathered ones."""
+    """Back to the sharded parameters, where a forward without a backward left gathered ones."""
     for module in gpt.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -162,25 +173,26 @@ def reshard(gpt: GPT) -> None:
 
 @torch.no_grad()
 def _initialise(gpt: GPT, config: Config, axes: Axes) -> None:
-    """Matrices normal (o and down projections over sqrt(2 layers)), gains one, biases zero."""
-    std = config.model.init_method_std
+    """Matrices normal (o and down projections over sqrt(2 layers)), gains one, biases zero.
+
+    Adapters as PEFT's: A of variance 1 / (3 in), that of its uniform distribution; B zero.
+    """
     for name, parameter in gpt.named_parameters():
         assert isinstance(parameter, DTensor)
         if parameter.dim() == 1:
             parameter.to_local().fill_(0.0 if name.endswith("bias") else 1.0)
             continue
-        dim = h_dim(name)
-        assert dim is not None
-        scale = (
-            math.sqrt(2 * config.model.num_layers) if name.split(".")[-2] in ("o_proj", "down_proj") else 1
-        )
+        if name.endswith("lora_B.weight"):
+            parameter.to_local().zero_()
+            continue
+        dim, std = _first_values(name, parameter.shape, config.model)
         # Ranges of this rank's shard in the logical tensor, by dim.
         ranges = [(0, n) for n in parameter.shape]
         cut = placement(name, config.parallel)
         if isinstance(cut, Shard):
             ranges[cut.dim] = share(parameter.shape[cut.dim], axes.model.rank, axes.model.size)
         values = initial_slice(
-            config.trainer.seed, name, ranges[dim], ranges[1 - dim], parameter.shape[1 - dim], std / scale
+            config.trainer.seed, name, ranges[dim], ranges[1 - dim], parameter.shape[1 - dim], std
         )
         values = values if dim == 0 else values.t()
         if len(parameter.placements) > 1:  # FSDP cuts this shard once more
@@ -189,6 +201,16 @@ def _initialise(gpt: GPT, config: Config, axes: Axes) -> None:
             rank = axes.weights.get_local_rank("shard")
             values = pieces[rank] if rank < len(pieces) else values.narrow(fsdp_dim, 0, 0)
         parameter.to_local().copy_(values)
+
+
+def _first_values(name: str, shape: torch.Size, model: ModelConfig) -> tuple[int, float]:
+    """Of a matrix: the dim whose rows are drawn apart (h where there is one), and the standard deviation."""
+    if name.endswith("lora_A.weight"):
+        return 1, 1 / math.sqrt(3 * shape[1])
+    dim = h_dim(name)
+    assert dim is not None
+    writes = name.split(".")[-2] in ("o_proj", "down_proj")
+    return dim, model.init_method_std / (math.sqrt(2 * model.num_layers) if writes else 1)
 
 
 class Engine:
@@ -337,6 +359,7 @@ def attach_streams(gpt: GPT, config: Config, axes: Axes, fake: bool) -> None:
             tokens,
             residual(kernels.norm, model.norm_epsilon),
             config.trainer.recompute_granularity,
+            config.finetune.lora_alpha / max(1, config.finetune.lora_rank),
         )
     keep = config.trainer.recompute_granularity == "none"
     streamed_head = StreamedHead(

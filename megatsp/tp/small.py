@@ -1,4 +1,7 @@
-"""The small parameters under tensor parallelism: norm and head gains whole on every rank, biases cut."""
+"""The small parameters under tensor parallelism: rows of width h and head gains whole, the others cut.
+
+Cut with their matrix are biases and the sides of adapters without h.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +10,7 @@ from torch import Tensor
 
 from megatsp.comm import Comm
 from megatsp.tsp.attention import HeadVectors
-from megatsp.tsp.small import Arriving
+from megatsp.tsp.small import Arriving, stacked
 
 
 class ReplicatedGains:
@@ -20,19 +23,22 @@ class ReplicatedGains:
         """Nothing to post: they are here."""
 
     def gains(self, gains: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(gains))
+        return stacked(gains)
 
-    def reduce(self, dgains: Sequence[Tensor], dvectors: HeadVectors) -> Arriving:
+    def reduce(
+        self, drows: Sequence[Tensor], dvectors: HeadVectors, dinner: Sequence[Tensor] = ()
+    ) -> Arriving:
         """Sums over the group, fp32. A rank's norms saw its own tokens, its head gains its own heads.
 
-        The gradients of its biases are whole already: it has their heads for all tokens.
+        Adapters' rows saw all tokens, but through this rank's columns. The gradients of biases and of
+        adapters' other sides are whole already: the rank has their columns for all tokens.
         """
-        partial = [*dgains, *(dvectors.gains or ())]
+        partial = [*drows, *(dvectors.gains or ())]
         pending = self._comm.all_reduce(torch.cat([t.flatten() for t in partial]), "small")
 
         def arrived() -> tuple[list[Tensor], list[Tensor]]:
             pieces = pending.wait().split([t.numel() for t in partial])
             sums = [piece.view_as(t).clone() for piece, t in zip(pieces, partial, strict=True)]
-            return sums[: len(dgains)], [*(dvectors.biases or ()), *sums[len(dgains) :]]
+            return sums[: len(drows)], [*(dvectors.biases or ()), *sums[len(drows) :], *dinner]
 
         return arrived

@@ -214,7 +214,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _all_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: parameter.detach() for name, parameter in trained.items()}
     assert not weights.keys() & tensors.keys()
     # Not the compute dtype's copies, which FSDP shows while a module is gathered.
     assert all(weight.dtype == torch.float32 for weight in weights.values())

@@ -35,7 +35,7 @@ class Interval:
     """
 
     def __init__(self, config: Config, axes: Axes) -> None:
-        self._model = config.model
+        self._model, self._finetune = config.model, config.finetune
         self._peak, self._axes = peak_tflops(axes.device), axes
         self._clear()
         self.restart()
@@ -62,7 +62,8 @@ class Interval:
         """Losses, times and traffic are means over the interval, the rest is of its last iteration."""
         results = self._results
         tokens, gpu_seconds = sum(r.tokens for r in results), self._seconds * dist.get_world_size()
-        tflops = flops(self._model, tokens, sum(r.pairs for r in results)) / gpu_seconds / 1e12
+        pairs = sum(r.pairs for r in results)
+        tflops = flops(self._model, tokens, pairs, self._finetune) / gpu_seconds / 1e12
         metrics: dict[str, float | int | None] = {
             "consumed-samples": state.consumed_samples,
             "consumed-tokens": state.consumed_tokens,

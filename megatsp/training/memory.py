@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import Shard
 
-from megatsp.model.gpt import GPT
+from megatsp.model.gpt import GPT, add_adapters
 from megatsp.model.parallelize import DTYPES, parts, placement
 from megatsp.parallel_rules import has_wide_norm
 from megatsp.schema import Config, ParallelConfig
@@ -34,33 +34,37 @@ class RankBytes:
 def predict(config: Config) -> RankBytes:
     """What one rank of a validated configuration holds at the start of the backward pass.
 
-    weights, gradients, optimizer: fp32 shards. saved_activations: what the layers keep for the
-    backward (see tsp/layer.py). gathered: weights on their way and in use; the two largest buckets that
-    stream, two layers under FSDP, and what ranks share under parallel.overlap=fused, which auto is taken
-    for on a GPU. Not in it: the working memory of the layer being computed.
+    weights, gradients, optimizer: fp32 shards; beside adapters the weights are of the compute dtype, without
+    the others. saved_activations: what the layers keep for the backward (see tsp/layer.py). gathered:
+    weights on their way and in use; the two largest buckets that stream, two layers under FSDP, and what
+    ranks share under parallel.overlap=fused, which auto is taken for on a GPU. Not in it: the working
+    memory of the layer being computed.
     """
-    shard = sum(_shard_elements(config))
+    trained, frozen = _shard_elements(config)
     return RankBytes(
-        weights=FP32 * shard,
-        gradients=FP32 * shard,
-        optimizer=2 * FP32 * shard,
+        weights=FP32 * trained + DTYPES[config.trainer.dtype].itemsize * frozen,
+        gradients=FP32 * trained,
+        optimizer=2 * FP32 * trained,
         saved_activations=_saved_activation_bytes(config),
         gathered=_gathered_bytes(config),
     )
 
 
-def _shard_elements(config: Config) -> list[int]:
-    """Elements of each parameter on the rank that holds most."""
-    parallel, elements = config.parallel, []
+def _shard_elements(config: Config) -> tuple[int, int]:
+    """Elements of trained and of frozen parameters, each of the rank that holds most of it."""
+    parallel, trained, frozen = config.parallel, 0, 0
     fsdp = _fsdp_ranks(parallel)
     with torch.device("meta"):
-        named = list(GPT(config.model).named_parameters())
-    for name, parameter in named:
+        gpt = GPT(config.model)
+        add_adapters(gpt, config.finetune)
+    for name, parameter in gpt.named_parameters():
         shape, cut = list(parameter.shape), placement(name, parallel)
         if isinstance(cut, Shard):
             shape[cut.dim] = -(-shape[cut.dim] // (parallel.tsp * parallel.tp))  # one of them is 1
-        elements.append(-(-torch.Size(shape).numel() // fsdp))
-    return elements
+        elements = -(-torch.Size(shape).numel() // fsdp)
+        trained += elements * parameter.requires_grad
+        frozen += elements * (not parameter.requires_grad)
+    return trained, frozen
 
 
 def _saved_activation_bytes(config: Config) -> int:
@@ -81,7 +85,9 @@ def _saved_activation_bytes(config: Config) -> int:
     if trainer.recompute_granularity == "none":
         ffn = -(-model.ffn_hidden_size // p.tp) * p.tp  # the largest share's, as if all had it
         per_token += (query + 2 * kv + 2 * ffn) * size
-    return model.num_layers * tokens * per_token
+    # Of adapters, every layer keeps the sides that have h whole.
+    kept_rows = config.finetune.lora_rank * len(config.finetune.lora_targets)
+    return model.num_layers * (tokens * per_token + kept_rows * model.hidden_size * size)
 
 
 def _gathered_bytes(config: Config) -> int:

@@ -30,13 +30,15 @@ APEX_ADVICE = (
 class AdamW:
     """Decoupled weight decay on matrices, none on vectors; one `step` counter for all parameters.
 
+    Of a model with adapters it knows these alone: all else is frozen. They are matrices, and decay.
+
     Raises:
         ValueError: optimizer.name=apex_fused_adam where apex is missing, another project, or
             has no GPU.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self._named = dict(model.named_parameters())
+        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._fused_apex = config.name == "apex_fused_adam"
         apex_adam = load_apex_adam() if self._fused_apex else None
         if self._fused_apex and not all(p.is_cuda for p in self._named.values()):

@@ -16,6 +16,7 @@ from megatsp.cp.sequence import SequenceAttention
 from megatsp.schema import ModelConfig
 from megatsp.tsp.buckets import Bucket, Columns
 from megatsp.tsp.linear import Total
+from megatsp.tsp.lora import NO_ADAPTERS, AdapterGradients, Adapters, AdaptersBackward, Spread
 from megatsp.tsp.operations import Kernels
 from megatsp.tsp.stream import WeightStream
 from megatsp.tsp.transport import Gradients
@@ -104,18 +105,22 @@ class StreamedAttention:
         positions: Positions,
         keep_projected: bool,
         following: Callable[[], None] | None,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[Tensor, dict[int, SavedBucket]]:
         """x: [B, T/D, h], normalised. Returns y like x (see `Total`), and what backward needs, by step."""
         rows, y, saved = x.flatten(0, 1), Total(self._stream.steps), {}
+        low, low_out = adapters.spread(rows, 0, 3), adapters.collect(3, 4, self._stream.steps)
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
-            projected = self._project(rows, columns, bucket, vectors)
+            projected = self._project(rows, columns, bucket, vectors, low)
             q, k, v = self._heads(projected.view(*x.shape[:2], -1), bucket, vectors, positions)
             out, lse = self._sequence.forward(q, k, v, positions.documents)
             y.add(rows_of(out), columns.pieces[3].t())
+            low_out.add(rows_of(out), bucket)
             saved[step] = SavedBucket(out, lse, projected if keep_projected else None)
 
         self._stream.walk(weights, use, following)
+        low_out.add_to(y)
         return y.value(x.shape), saved
 
     def backward(
@@ -127,22 +132,28 @@ class StreamedAttention:
         positions: Positions,
         saved: dict[int, SavedBucket],
         following: Callable[[], None] | None,
-    ) -> tuple[Tensor, Gradients, HeadVectors]:
+        adapters: Adapters = NO_ADAPTERS,
+        frozen: bool = False,
+        need_dx: bool = True,
+    ) -> tuple[Tensor | None, Gradients, HeadVectors, AdapterGradients]:
         """dy: [B, T/D, h] in the compute dtype. Empties `saved` as it goes.
 
-        Returns dx (see `Total`), the weight gradients (the last bucket's still on its way: see
-        `Gradients.finish`), and the LOCAL tokens' share of the vectors' gradients.
+        Returns dx (see `Total`; None if not needed), the weight gradients (the last bucket's still on its
+        way: see `Gradients.finish`), and the LOCAL tokens' share of the vectors' and adapters' gradients.
+        Frozen weights and vectors have no gradients.
         """
-        rows, drows, dvectors = x.flatten(0, 1), dy.flatten(0, 1), vectors.zeros()
-        dx, gradients = Total(self._stream.steps), self._stream.gradients(weights)
+        rows, drows = x.flatten(0, 1), dy.flatten(0, 1)
+        dvectors = HeadVectors() if frozen else vectors.zeros()
+        dx, gradients = Total(self._stream.steps), self._stream.gradients(weights, frozen)
+        low = AdaptersBackward(adapters, rows, drows, 4, self._stream.steps)
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
             kept = saved.pop(step)
             projected = kept.projected
             if projected is None:
-                projected = self._project(rows, columns, bucket, vectors)
+                projected = self._project(rows, columns, bucket, vectors, low.low)
             projected = projected.view(*x.shape[:2], -1)
-            dout = columns.times(drows, 3, 4).view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
+            dout = self._output_gradient(x.shape, drows, columns, bucket, low)
             dq, kv_gradients = self._sequence.backward(
                 dout, *self._heads(projected, bucket, vectors, positions), kept.out, kept.lse,
                 positions.documents,
@@ -150,19 +161,35 @@ class StreamedAttention:
             dcolumns = gradients.buffer(step)
             # While the gradients of keys and values travel:
             dcolumns.set(3, 4, drows.t(), rows_of(kept.out))
+            low.output(rows_of(kept.out), bucket)
             dheads = (dq, *kv_gradients())
             dprojected = self._heads_backward(dheads, projected, bucket, vectors, dvectors, positions)
             dprojected = dprojected.flatten(0, 1)
             dcolumns.set(0, 3, rows.t(), dprojected)
             gradients.send(step, dcolumns)
-            dx.add_transposed(dprojected, columns.first(3))
+            low.projected(dprojected, bucket)
+            if need_dx:
+                dx.add_transposed(dprojected, columns.first(3))
 
         self._stream.walk(weights, use, following)
-        return dx.value(x.shape), gradients, dvectors
+        if need_dx:
+            low.add_to(dx)
+        return dx.value(x.shape) if need_dx else None, gradients, dvectors, low.gradients()
 
-    def _project(self, rows: Tensor, columns: Columns, bucket: Bucket, vectors: HeadVectors) -> Tensor:
+    def _output_gradient(
+        self, shape: Sequence[int], drows: Tensor, columns: Columns, bucket: Bucket, low: AdaptersBackward
+    ) -> Tensor:
+        """dy [B T/D, h] to the gradient of the bucket's heads, [B, H, T/D, d]; shape: of x."""
+        dout = columns.times(drows, 3, 4)
+        low.add_to_output(dout, bucket)
+        return dout.view(*shape[:2], -1, self._head_width).transpose(1, 2)
+
+    def _project(
+        self, rows: Tensor, columns: Columns, bucket: Bucket, vectors: HeadVectors, low: Spread
+    ) -> Tensor:
         """[B T/D, h] to the bucket's q, k and v columns, side by side."""
         projected = columns.times(rows, 0, 3)
+        low.add_to(projected, bucket)
         if vectors.biases:
             biases = [b[s.start : s.stop] for b, s in zip(vectors.biases, bucket[:3], strict=True)]
             projected += torch.cat(biases).to(projected.dtype)
@@ -199,7 +226,7 @@ class StreamedAttention:
     ) -> Tensor:
         """Gradient of the projected columns [B, T/D, columns] in their dtype; adds to `dvectors`."""
         gradient = self._rotated_backward(dheads, projected, bucket, positions)
-        if vectors.gains and dvectors.gains:
+        if vectors.gains:
             inputs, spans = columns_of(projected, bucket), columns_of(gradient, bucket)
             for i, gain in enumerate(vectors.gains):
                 target = _groups(spans[i], gain)
@@ -207,7 +234,8 @@ class StreamedAttention:
                     target, _groups(inputs[i], gain), gain, self._epsilon
                 )
                 target.copy_(dinput)
-                dvectors.gains[i].add_(dgain)
+                if dvectors.gains:
+                    dvectors.gains[i].add_(dgain)
         add_bias_gradients(dvectors, gradient, bucket)
         return gradient
 

@@ -26,6 +26,7 @@ from megatsp.tsp.attention import (
 )
 from megatsp.tsp.buckets import Bucket, Columns
 from megatsp.tsp.linear import Total
+from megatsp.tsp.lora import NO_ADAPTERS, AdapterGradients, Adapters, AdaptersBackward
 from megatsp.tsp.transport import Gradients
 
 Use = Callable[[int, Bucket, Columns], None]
@@ -49,14 +50,16 @@ class WideNormAttention(StreamedAttention):
         positions: Positions,
         keep_projected: bool,
         following: Callable[[], None] | None,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[Tensor, dict[int, SavedBucket]]:
         """See StreamedAttention."""
         rows, y = x.flatten(0, 1), Total(self._stream.steps)
+        low, low_out = adapters.spread(rows, 0, 3), adapters.collect(3, 4, self._stream.steps)
         squares, projections = _per_token(x), {}
         saved: dict[int, SavedBucket] = {}
 
         def project(step: int, bucket: Bucket, columns: Columns) -> None:
-            projected = self._project(rows, columns, bucket, vectors).view(*x.shape[:2], -1)
+            projected = self._project(rows, columns, bucket, vectors, low).view(*x.shape[:2], -1)
             for total, t in zip(squares, columns_of(projected, bucket), strict=False):
                 total += torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=torch.float32).square_()
             projections[step] = projected
@@ -66,12 +69,14 @@ class WideNormAttention(StreamedAttention):
             q, k, v = self._normed_heads(projected, bucket, vectors, inverse, positions)
             out, lse = self._sequence.forward(q, k, v, positions.documents)
             y.add(rows_of(out), columns.pieces[3].t())
+            low_out.add(rows_of(out), bucket)
             kept = projected.flatten(0, 1) if keep_projected else None
             saved[step] = SavedWideBucket(out, lse, kept, inverse)
 
         self._stream.walk(weights, project, lambda: self._stream.prefetch(weights))
         inverse = self._inverse_rms(squares, _gains(vectors))
         self._stream.walk(weights, attend, following)
+        low_out.add_to(y)
         return y.value(x.shape), saved
 
     def backward(
@@ -83,10 +88,15 @@ class WideNormAttention(StreamedAttention):
         positions: Positions,
         saved: dict[int, SavedBucket],
         following: Callable[[], None] | None,
-    ) -> tuple[Tensor, Gradients, HeadVectors]:
+        adapters: Adapters = NO_ADAPTERS,
+        frozen: bool = False,
+        need_dx: bool = True,
+    ) -> tuple[Tensor | None, Gradients, HeadVectors, AdapterGradients]:
         """See StreamedAttention."""
-        rows, drows, dvectors = x.flatten(0, 1), dy.flatten(0, 1), vectors.zeros()
-        dx, gradients = Total(self._stream.steps), self._stream.gradients(weights)
+        rows, drows = x.flatten(0, 1), dy.flatten(0, 1)
+        dvectors = HeadVectors() if frozen else vectors.zeros()
+        dx, gradients = Total(self._stream.steps), self._stream.gradients(weights, frozen)
+        low = AdaptersBackward(adapters, rows, drows, 4, self._stream.steps)
         # Of each token, the sum over all heads of gradient times gain times projection.
         products = _per_token(x)
         # By step: out, projections, and gradients: of the normalised q and k, and of v.
@@ -97,10 +107,10 @@ class WideNormAttention(StreamedAttention):
             assert isinstance(kept, SavedWideBucket)
             projected = kept.projected
             if projected is None:
-                projected = self._project(rows, columns, bucket, vectors)
+                projected = self._project(rows, columns, bucket, vectors, low.low)
             projected = projected.view(*x.shape[:2], -1)
             heads = self._normed_heads(projected, bucket, vectors, kept.inverse, positions)
-            dout = columns.times(drows, 3, 4).view(*x.shape[:2], -1, self._head_width).transpose(1, 2)
+            dout = self._output_gradient(x.shape, drows, columns, bucket, low)
             dq, kv_gradients = self._sequence.backward(dout, *heads, kept.out, kept.lse, positions.documents)
             gradient = self._rotated_backward((dq, *kv_gradients()), projected, bucket, positions)
             pairs = zip(columns_of(gradient, bucket), columns_of(projected, bucket), strict=True)
@@ -117,7 +127,10 @@ class WideNormAttention(StreamedAttention):
             dcolumns.set(3, 4, drows.t(), rows_of(out))
             dcolumns.set(0, 3, rows.t(), gradient)
             gradients.send(step, dcolumns)
-            dx.add_transposed(gradient, columns.first(3))
+            low.output(rows_of(out), bucket)
+            low.projected(gradient, bucket)
+            if need_dx:
+                dx.add_transposed(gradient, columns.first(3))
 
         first = next(iter(saved.values()))
         assert isinstance(first, SavedWideBucket)
@@ -125,7 +138,9 @@ class WideNormAttention(StreamedAttention):
         del first
         self._stream.walk(weights, attend, lambda: self._stream.prefetch(weights))
         self._stream.walk(weights, project, following)
-        return dx.value(x.shape), gradients, dvectors
+        if need_dx:
+            low.add_to(dx)
+        return dx.value(x.shape) if need_dx else None, gradients, dvectors, low.gradients()
 
     def _inverse_rms(self, squares: Sequence[Tensor], gains: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """From each token's sum of squares of q and of k to 1 / rms, fp32 [B, T/D, 1]."""
@@ -163,9 +178,10 @@ class WideNormAttention(StreamedAttention):
         """Turns the gradients of normalised q and k into those of the projections; adds those of gains."""
         # With r = 1 / rms: dx = r dy gain - x r^3 <dy gain, x> / n, and dgain = sum of r dy x.
         targets, inputs = columns_of(gradient, bucket), columns_of(projected, bucket)
-        for i, (gain, dgain) in enumerate(zip(_gains(vectors), _gains(dvectors), strict=True)):
+        for i, gain in enumerate(_gains(vectors)):
             span, r, d, t = bucket[i], inverse[i], targets[i].float(), inputs[i].float()
-            dgain[span.start : span.stop] += (d * t * r).sum((0, 1))
+            if dvectors.gains:
+                dvectors.gains[i][span.start : span.stop] += (d * t * r).sum((0, 1))
             d = d * gain[span.start : span.stop].float() * r
             targets[i].copy_(d.addcmul_(t, products[i] * r**3 / gain.numel(), value=-1))
 

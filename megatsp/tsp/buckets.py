@@ -61,8 +61,11 @@ def h_major(weight: Tensor, matrix: Matrix) -> Tensor:
 class Columns:
     """A bucket in memory: the [h, n] columns of each of its matrices, or of their gradients.
 
-    pieces: one tensor a span. whole: [h, R], if the pieces lie side by side in it.
+    pieces: one tensor a span. whole: [h, R], if the pieces lie side by side in it. wanted: False for
+    gradients of frozen weights, which have no pieces.
     """
+
+    wanted = True
 
     def __init__(self, pieces: Sequence[Tensor], whole: Tensor | None = None) -> None:
         self.pieces, self.whole = pieces, whole

@@ -102,7 +102,9 @@ class _Head(torch.autograd.Function):
         head, kept, ctx.kept = ctx.head, ctx.kept, None
         rows = _normalised(x, gains, head).flatten(0, 1)
         scale = head.tokens.gather(dloss * mask, "head/loss").wait().flatten()
-        drows, gradients = Total(head.stream.steps), head.stream.gradients([weight])
+        _, _, _, train_gain, train_weight, *_ = ctx.needs_input_grad
+        drows = Total(head.stream.steps)
+        gradients = head.stream.gradients([weight], frozen=not train_weight)
 
         def use(step: int, bucket: Bucket, columns: Columns) -> None:
             logits = kept.pop(step, None)
@@ -112,10 +114,11 @@ class _Head(torch.autograd.Function):
         partial = drows.value((x.shape[0], -1, x.shape[2]))
         dnormed = head.tokens.reduce_scatter(partial, "head/backward").wait()
         dx, dgain = head.norm.rms_norm_backward(dnormed, x, gains[0], head.epsilon)
-        small = head.small.reduce([dgain], HeadVectors())
+        small = head.small.reduce([dgain], HeadVectors()) if train_gain else None
         (dweight,) = gradients.finish()
-        (dgain,), _ = small()
-        return dx.to(x.dtype), None, None, dgain.to(gain.dtype), dweight.to(weight.dtype), None, None, None
+        dgain = None if small is None else small()[0][0].to(gain.dtype)
+        dweight = None if dweight is None else dweight.to(weight.dtype)
+        return dx.to(x.dtype), None, None, dgain, dweight, None, None, None
 
 
 def _normalised(x: Tensor, gains: Tensor, head: StreamedHead) -> Tensor:

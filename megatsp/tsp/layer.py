@@ -12,6 +12,8 @@ What the backward computes again, by `recompute_granularity`; beside x every set
 The MLP's own forward is never run again: its backward needs its input alone. Norms after a sublayer
 (tsp/residual.py) need what it gave: `none` and `selective` keep attention's and the MLP's outputs, and
 compute the MLP's input, a norm and a sum away from them, again; `full` keeps the MLP's output.
+
+With adapters (tsp/lora.py) all else is frozen: the backward computes and sends gradients of theirs alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +27,10 @@ from torch.autograd.function import once_differentiable
 
 from megatsp.tp.tokens import GroupTokens
 from megatsp.tsp.attention import HeadVectors, Positions, SavedBucket, StreamedAttention
+from megatsp.tsp.lora import AdapterPair, Adapters, of_parts
 from megatsp.tsp.mlp import StreamedMLP
 from megatsp.tsp.residual import Residual
-from megatsp.tsp.small import Small
+from megatsp.tsp.small import Arriving, Small
 
 
 @dataclass
@@ -35,20 +38,34 @@ class LayerTensors:
     """This rank's tensors of one layer, in the order autograd sees them.
 
     attention: q, k, v, o; mlp: gate, up, down; gains: of attention's norm, of the MLP's;
-    vectors: biases and head gains.
+    vectors: biases and head gains; adapters: those of some matrices, in the order of the matrices.
     """
 
     attention: Sequence[Tensor]
     mlp: Sequence[Tensor]
     gains: Sequence[Tensor]
     vectors: HeadVectors
+    adapters: Sequence[AdapterPair] = ()
 
     def flat(self) -> list[Tensor]:
-        return [*self.attention, *self.mlp, *self.gains, *self.vectors.tensors()]
+        pairs = (tensor for pair in self.adapters for tensor in (pair.a, pair.b))
+        return [*self.attention, *self.mlp, *self.gains, *self.vectors.tensors(), *pairs]
+
+    @property
+    def adapted(self) -> list[int]:
+        """The matrices that have adapters."""
+        return [pair.matrix for pair in self.adapters]
+
+    def rows(self) -> list[Tensor]:
+        """What is cut over h and not streamed: [h/D], or [r, h/D]."""
+        return [*self.gains, *(pair.outer for pair in self.adapters)]
 
 
 class StreamedLayer:
-    """Computes one layer. `prefetch_forward` posts its first transfers; see `LayerTensors`."""
+    """Computes one layer. `prefetch_forward` posts its first transfers; see `LayerTensors`.
+
+    adapter_scale: what B A is multiplied with.
+    """
 
     def __init__(
         self,
@@ -58,12 +75,14 @@ class StreamedLayer:
         tokens: GroupTokens,
         residual: Residual,
         recompute: str,
+        adapter_scale: float = 1.0,
     ) -> None:
         self.attention, self.mlp, self.small, self.tokens = attention, mlp, small, tokens
         self.residual, self.recompute = residual, recompute
+        self.adapter_scale = adapter_scale
 
     def prefetch_forward(self, tensors: LayerTensors) -> None:
-        self.small.prefetch(tensors.gains)
+        self.small.prefetch(tensors.rows())
         self.attention.prefetch(tensors.attention)
 
     def prefetch_backward(self, tensors: LayerTensors) -> None:
@@ -87,12 +106,19 @@ class StreamedLayer:
         grad = torch.is_grad_enabled()
         return _Layer.apply(x, self, tensors, positions, following, preceding, grad, *tensors.flat())
 
+    def adapters(self, tensors: LayerTensors, rows: Tensor, dtype: torch.dtype) -> tuple[Adapters, Adapters]:
+        """Attention's and the MLP's; rows: the whole `LayerTensors.rows`."""
+        return of_parts(tensors.adapters, rows[len(tensors.gains) :], self.adapter_scale, dtype)
+
 
 @dataclass
 class _Saved:
-    """middle: the MLP's residual input. outputs: attention's and the MLP's, before a norm of them."""
+    """rows: gains, then the adapters' sides that have h: [n, h]. middle: the MLP's residual input.
 
-    gains: Tensor
+    outputs: attention's and the MLP's, before a norm of them.
+    """
+
+    rows: Tensor
     attention: dict[int, SavedBucket]
     middle: Tensor | None
     mlp: dict[int, Tensor]
@@ -112,28 +138,29 @@ class _Layer(torch.autograd.Function):
         grad: bool,
         *flat: Tensor,
     ) -> Tensor:
-        gains = layer.small.gains(tensors.gains)
+        rows = layer.small.gains(tensors.rows())
+        adapters = layer.adapters(tensors, rows, x.dtype)
         keep = grad and layer.recompute == "none"
         after, full = layer.residual.keeps_outputs, layer.recompute == "full"
         middle, read, attention, attended = _attention_forward(
-            layer, x, gains, tensors, positions, keep, partial(layer.mlp.prefetch, tensors.mlp)
+            layer, x, rows, tensors, positions, keep, partial(layer.mlp.prefetch, tensors.mlp), adapters[0]
         )
         if full or not grad:
             attention.clear()
             attended = None
         read = layer.tokens.gather(read, "mlp/tokens").wait()
-        y, mlp = layer.mlp.forward(read, tensors.mlp, keep, following)
+        y, mlp = layer.mlp.forward(read, tensors.mlp, keep, following, adapters[1])
         y = layer.tokens.reduce_scatter(y, "mlp/tokens").wait()
         if after:
             y = y.to(x.dtype)
         if grad:
             ctx.save_for_backward(x, *flat)
             ctx.layer, ctx.positions, ctx.preceding = layer, positions, preceding
-            ctx.vectors_present = tensors.vectors.present
+            ctx.vectors_present, ctx.adapted = tensors.vectors.present, tensors.adapted
             # Not by save_for_backward, which is for inputs and outputs; backward lets go of it.
             kept_middle = None if full or after else middle
-            ctx.kept = _Saved(gains, attention, kept_middle, mlp, (attended, y if after else None))
-        return layer.residual.add(middle, y, gains[1])
+            ctx.kept = _Saved(rows, attention, kept_middle, mlp, (attended, y if after else None))
+        return layer.residual.add(middle, y, rows[1])
 
     @staticmethod
     @once_differentiable
@@ -141,16 +168,20 @@ class _Layer(torch.autograd.Function):
         x, *flat = ctx.saved_tensors
         layer, positions, preceding = ctx.layer, ctx.positions, ctx.preceding
         kept, ctx.kept = ctx.kept, None
-        tensors = _unflatten(flat, *ctx.vectors_present)
+        tensors = _unflatten(flat, ctx.vectors_present, ctx.adapted)
+        # Weights are all trained, or none is.
+        frozen = not ctx.needs_input_grad[7]
+        need_dx = ctx.needs_input_grad[0] or not frozen
+        gains, adapters = kept.rows, layer.adapters(tensors, kept.rows, x.dtype)
         prefetch_attention = partial(layer.attention.prefetch, tensors.attention)
         prefetch_mlp = partial(layer.mlp.prefetch, tensors.mlp)
 
         middle, attention, (attended, y) = kept.middle, kept.attention, kept.outputs
         kept.middle, kept.outputs = None, (None, None)
-        residual, gains = layer.residual, kept.gains
+        residual = layer.residual
         if layer.recompute == "full":
             middle, read, attention, attended = _attention_forward(
-                layer, x, gains, tensors, positions, True, prefetch_mlp
+                layer, x, gains, tensors, positions, True, prefetch_mlp, adapters[0]
             )
         else:
             if middle is None:
@@ -160,7 +191,9 @@ class _Layer(torch.autograd.Function):
         dy, finish = residual.backward(dout, middle, y, gains[1])
         del middle, y
         read, dy = _gathered(layer.tokens, read, dy, "mlp/tokens")
-        dread, mlp_gradients = layer.mlp.backward(dy, read, tensors.mlp, kept.mlp, prefetch_attention)
+        dread, mlp_gradients, dadapters_mlp = layer.mlp.backward(
+            dy, read, tensors.mlp, kept.mlp, prefetch_attention, adapters[1], frozen
+        )
         dread = layer.tokens.reduce_scatter(dread, "mlp/tokens").wait()
         dmiddle, dgain_mlp = finish(dread)
         del finish, read, dy, dread
@@ -168,20 +201,26 @@ class _Layer(torch.autograd.Function):
         dy, finish = residual.backward(dmiddle, x, attended, gains[0])
         del attended
         read, dy = _gathered(layer.tokens, residual.read(x, gains[0]), dy, "attention/tokens")
-        dread, attention_gradients, dvectors = layer.attention.backward(
-            dy, read, tensors.attention, tensors.vectors, positions, attention, preceding
-        )
-        dread = layer.tokens.reduce_scatter(dread, "attention/tokens").wait()
+        dread, attention_gradients, dvectors, dadapters = layer.attention.backward(
+            dy, read, tensors.attention, tensors.vectors, positions, attention, preceding, adapters[0],
+            frozen, need_dx,
+        )  # fmt: skip
         del read, dy
-        dx, dgain_attention = finish(dread)
+        dx, dgains = None, [dgain_mlp]
+        if dread is not None:
+            dread = layer.tokens.reduce_scatter(dread, "attention/tokens").wait()
+            dx, dgain_attention = finish(dread)
+            dx, dgains = dx.to(x.dtype), [dgain_attention, dgain_mlp]
 
-        small = layer.small.reduce([dgain_attention, dgain_mlp], dvectors)
+        dadapters += dadapters_mlp
+        if frozen:  # norms computed their gains' gradients on the way: they end here
+            dgains = []
+        small = layer.small.reduce([*dgains, *dadapters.outer], dvectors, dadapters.inner)
         gradients = [*attention_gradients.finish(), *mlp_gradients.finish()]
-        dgains, dvector_sums = small()
-        gradients += [*dgains, *dvector_sums]
+        gradients += _arrived(small, tensors, frozen)
         return (
-            dx.to(x.dtype), None, None, None, None, None, None,
-            *(g.to(t.dtype) for g, t in zip(gradients, flat, strict=True)),
+            dx, None, None, None, None, None, None,
+            *(g if g is None else g.to(t.dtype) for g, t in zip(gradients, flat, strict=True)),
         )  # fmt: skip
 
 
@@ -193,6 +232,7 @@ def _attention_forward(
     positions: Positions,
     keep_projected: bool,
     following: Callable[[], None],
+    adapters: Adapters,
 ) -> tuple[Tensor, Tensor, dict[int, SavedBucket], Tensor | None]:
     """x with attention's part added, what the MLP reads, and what the backward needs of attention.
 
@@ -200,7 +240,7 @@ def _attention_forward(
     """
     read = layer.tokens.gather(layer.residual.read(x, gains[0]), "attention/tokens").wait()
     y, saved = layer.attention.forward(
-        read, tensors.attention, tensors.vectors, positions, keep_projected, following
+        read, tensors.attention, tensors.vectors, positions, keep_projected, following, adapters
     )
     y = layer.tokens.reduce_scatter(y, "attention/tokens").wait()
     del read
@@ -215,6 +255,25 @@ def _gathered(tokens: GroupTokens, x: Tensor, dy: Tensor, label: str) -> tuple[T
     return pending.wait(), dpending.wait()
 
 
-def _unflatten(flat: Sequence[Tensor], biased: bool, head_normed: bool) -> LayerTensors:
+def _arrived(small: Arriving, tensors: LayerTensors, frozen: bool) -> list[Tensor | None]:
+    """Gradients of gains, vectors and adapters, in the order of LayerTensors.flat; None of what is frozen."""
+    rows, others = small()
+    gains, vectors = len(tensors.gains), len(tensors.vectors.tensors())
+    adapters = []
+    for pair, outer, inner in zip(
+        tensors.adapters, rows[0 if frozen else gains :], others[0 if frozen else vectors :], strict=True
+    ):
+        adapters += pair.as_parameters(outer, inner)
+    if frozen:
+        return [*[None] * (gains + vectors), *adapters]
+    return [*rows[:gains], *others[:vectors], *adapters]
+
+
+def _unflatten(
+    flat: Sequence[Tensor], vectors_present: tuple[bool, bool], adapted: Sequence[int]
+) -> LayerTensors:
     """The inverse of LayerTensors.flat."""
-    return LayerTensors(flat[:4], flat[4:7], flat[7:9], HeadVectors.of(flat[9:], biased, head_normed))
+    last = len(flat) - 2 * len(adapted)
+    pairs = zip(adapted, flat[last::2], flat[last + 1 :: 2], strict=True)
+    vectors = HeadVectors.of(flat[9:last], *vectors_present)
+    return LayerTensors(flat[:4], flat[4:7], flat[7:9], vectors, [AdapterPair(*pair) for pair in pairs])

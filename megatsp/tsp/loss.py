@@ -10,7 +10,7 @@ from megatsp_kernels.linear_cross_entropy import cross_entropy_backward_step, cr
 from torch import Tensor
 
 from megatsp.tsp.buckets import Columns, Span
-from megatsp.tsp.linear import Total, products
+from megatsp.tsp.linear import Total
 from megatsp.tsp.transport import Gradients
 
 
@@ -29,7 +29,8 @@ class BucketLoss(Protocol):
         self, rows: Tensor, columns: Columns, targets: Tensor, span: Span, lse: Tensor, scale: Tensor,
         logits: Tensor | None, drows: Total, gradients: Gradients, step: int,
     ) -> None:  # fmt: skip
-        """Adds to drows, and sends the columns' gradient off: those of scale [n] times each row's loss.
+        """Adds to drows, and sends the columns' gradient off (if it is wanted): those of scale [n] times each
+        row's loss.
 
         lse: of all buckets. logits: as the forward returned them, or None.
         """
@@ -59,7 +60,7 @@ class TorchLoss:
         dlogits.scatter_add_(1, column[:, None], -inside.float()[:, None])
         dlogits = dlogits.mul_(scale[:, None]).to(rows.dtype)
         dcolumns = gradients.buffer(step)
-        products(dcolumns.pieces, rows.t(), dlogits)
+        dcolumns.set(0, 1, rows.t(), dlogits)
         gradients.send(step, dcolumns)
         drows.add(dlogits, columns.pieces[0].t())
 
@@ -81,9 +82,11 @@ class TritonLoss:
         dcolumns = gradients.buffer(step)
 
         def add(dx: Tensor | None) -> Tensor:
+            dw = dcolumns.pieces[0] if dcolumns.wanted else None
             dx, _ = cross_entropy_backward_step(
-                rows, columns.pieces[0], targets, span.start, lse, scale, scale, dx, dcolumns.pieces[0]
-            )
+                rows, columns.pieces[0], targets, span.start, lse, scale, scale, dx, dw,
+                need_dw=dcolumns.wanted,
+            )  # fmt: skip
             return dx
 
         drows.add_by(add)

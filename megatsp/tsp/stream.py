@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatsp.comm import Pending
 from megatsp.tsp.buckets import Bucket, Columns
-from megatsp.tsp.transport import Gradients, Transport
+from megatsp.tsp.transport import FrozenGradients, Gradients, Transport
 
 
 class WeightStream:
@@ -60,6 +60,6 @@ class WeightStream:
         """Buckets of one walk."""
         return self._transport.steps
 
-    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
-        """Where the gradients of one backward walk go."""
-        return self._transport.gradients(weights)
+    def gradients(self, weights: Sequence[Tensor], frozen: bool = False) -> Gradients:
+        """Where the gradients of one backward walk go; nowhere if the weights are frozen."""
+        return FrozenGradients(weights) if frozen else self._transport.gradients(weights)

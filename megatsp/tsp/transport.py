@@ -28,8 +28,34 @@ class Gradients(Protocol):
     def send(self, step: int, gradient: Columns) -> None:
         """Posts a gradient written into `buffer(step)`. One is in flight at a time."""
 
-    def finish(self) -> list[Tensor]:
-        """Waits for the last one; this rank's gradient shards."""
+    def finish(self) -> Sequence[Tensor | None]:
+        """Waits for the last one; this rank's gradient shards. None: the weights are frozen."""
+
+
+class FrozenGradients:
+    """`Gradients` of weights that are not trained: no product is computed, nothing is kept or sent."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._count = len(weights)
+
+    def buffer(self, step: int) -> Columns:
+        del step
+        return _Nowhere([])
+
+    def send(self, step: int, gradient: Columns) -> None:
+        """There is none."""
+
+    def finish(self) -> list[None]:
+        return [None] * self._count
+
+
+class _Nowhere(Columns):
+    """Columns that nobody asks for."""
+
+    wanted = False
+
+    def set(self, start: int, stop: int, a: Tensor, b: Tensor) -> None:
+        """Computes nothing."""
 
 
 class Transport(Protocol):

@@ -57,7 +57,8 @@ def cross_entropy_backward_step(
     dx: Tensor | None = None,
     dw: Tensor | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
-) -> tuple[Tensor, Tensor]:
+    need_dw: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of one vocabulary bucket: dx += dlogits w^T and dw = x^T dlogits, summed in fp32.
 
     dlogits[i, j] = a[i] softmax[i, j] - b[i] [start + j == targets[i]]. They exist in x's dtype, a chunk of
@@ -73,10 +74,11 @@ def cross_entropy_backward_step(
         dw: [h, m], fp32 or x's dtype, one dim contiguous, to be overwritten; None: a new one in x's dtype
             that lies as w does.
         workspace_bytes: at least one column's, n itemsize.
+        need_dw: without, dw is neither computed nor made: of frozen weights.
     Returns:
-        dx and dw.
+        dx and dw, or None.
     Raises:
-        ValueError: as `cross_entropy_step`, or a workspace too small for a column.
+        ValueError: as `cross_entropy_step`, a workspace too small for a column, or a dw that is not needed.
     """
     op = "cross_entropy_backward_step"
     _check(op, x, w, targets, lse=lse, a=a, b=b)
@@ -84,18 +86,25 @@ def cross_entropy_backward_step(
     add = dx is not None
     if dx is None:
         dx = torch.empty_like(x, dtype=torch.float32)
-    if dw is None:
+    if dw is None and need_dw:
         dw = _like(w)
     check_tensors(op, (torch.float32,), dx=dx, lse=lse)
-    check_tensors(op, (torch.float32, x.dtype), dw=dw, x=x)
+    if dw is not None:
+        _check_dw(op, x, w, dw, need_dw)
     if dx.shape != x.shape or not dx.is_contiguous():
         raise ValueError(f"{op}: dx must be contiguous {tuple(x.shape)} as x; got {_described(dx)}")
+    _backward_step(x, w, targets, start, lse, a, b, dx, dw, add, workspace_bytes)
+    return dx, dw
+
+
+def _check_dw(op: str, x: Tensor, w: Tensor, dw: Tensor, needed: bool) -> None:
+    if not needed:
+        raise ValueError(f"{op}: dw is given, but need_dw=False; give one or the other")
+    check_tensors(op, (torch.float32, x.dtype), dw=dw, x=x)
     if dw.shape != w.shape or not _one_dim_contiguous(dw):
         raise ValueError(
             f"{op}: dw must be {tuple(w.shape)} as w with one dim contiguous; got {_described(dw)}"
         )
-    _backward_step(x, w, targets, start, lse, a, b, dx, dw, add, workspace_bytes)
-    return dx, dw
 
 
 def linear_cross_entropy(
@@ -192,7 +201,7 @@ def _backward_step(
     a: Tensor,
     b: Tensor,
     dx: Tensor,
-    dw: Tensor,
+    dw: Tensor | None,
     add: bool,
     workspace_bytes: int,
 ) -> None:
