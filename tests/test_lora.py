@@ -245,8 +245,9 @@ def with_adapters(job: Job) -> tuple[Counted, Counted]:
 def test_no_gradient_of_a_weight_travels(tsp, dtype):
     found = [
         (case(tsp, recompute, dtype, tsp_layout=layout, mlp_buckets=2 * tsp, **EVEN), Low(4, targets=targets))
-        for layout, recompute in product(("hidden", "owner"), RECOMPUTE)
-        for targets in (MATRICES, ("q_proj", "down_proj"))
+        for (layout, targets), recompute in product(
+            (("hidden", MATRICES), ("owner", ("q_proj", "down_proj"))), ("selective", "full")
+        )
     ]
     for counts in run_distributed(rank_counts, tsp, found):
         for job, of_job in zip(found, counts, strict=True):
