@@ -63,11 +63,10 @@ def adapted(model: ModelConfig, low: Low) -> DenseGPT:
 @cache
 def weights(model: ModelConfig, low: Low) -> dict[str, Tensor]:
     """The reference's, and adapters of which both sides matter."""
-    torch.manual_seed(11)
-    state = dict(base_weights(model))
+    state, generator = dict(base_weights(model)), torch.Generator().manual_seed(11)
     for name, tensor in adapted(model, low).state_dict().items():
         if ".lora_" in name:
-            state[name] = 0.2 * torch.randn_like(tensor)
+            state[name] = 0.2 * torch.randn(tensor.shape, generator=generator)
     return state
 
 
