@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from functools import partial
 from pathlib import Path
 
 from megatsp import __version__, launcher
@@ -13,6 +14,7 @@ USAGE = """\
 usage: megatsp COMMAND [arguments]
 
   train      train a GPT                         megatsp train --help
+  sft        tune a Hugging Face checkpoint      megatsp sft --help
   generate   continue a text with a trained GPT  megatsp generate --help
   bench      compare ways to run a GPT           megatsp bench --help
   preprocess tokenise texts to train on          megatsp preprocess --help
@@ -41,9 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    commands = {
-        "train": _train, "generate": _generate, "bench": _bench, "preprocess": _preprocess, "data": _data,
-        "convert": _convert,
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": partial(_train, "train"), "sft": partial(_train, "sft"), "generate": _generate,
+        "bench": _bench, "preprocess": _preprocess, "data": _data, "convert": _convert,
     }  # fmt: skip
     name, *rest = arguments or ["--help"]
     if name in ("--help", "-h"):
@@ -58,23 +60,24 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-def _train(arguments: list[str]) -> int:
-    parser = Parser("megatsp train", add_help=False)
+def _train(name: str, arguments: list[str]) -> int:
+    """`megatsp train` and `megatsp sft`, which begin with a primary configuration of their name."""
+    parser = Parser(f"megatsp {name}", add_help=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
     if given.help:
-        from megatsp.help import train_help
+        from megatsp.help import training_help
 
-        print(train_help(), end="")
+        print(training_help(name), end="")
         return 0
 
     from megatsp.compose import compose, to_yaml
     from megatsp.validate import validate
 
-    config = compose(given.overrides, given.config_dir)
+    config = compose(given.overrides, given.config_dir, name)
     joined = "RANK" in os.environ
     world_size = int(os.environ["WORLD_SIZE"]) if joined else config.launch.nproc
     config = validate(config, world_size)
@@ -89,13 +92,15 @@ def _train(arguments: list[str]) -> int:
 
         train(config)
     else:
-        return _launch(config.launch.nproc, ["train", *arguments])
+        return _launch(config.launch.nproc, [name, *arguments])
     return 0
 
 
 def _generate(arguments: list[str]) -> int:
-    parser = Parser("megatsp generate", description="Continues a text with the last checkpoint of a run.")
+    parser = Parser("megatsp generate", description="Continues a text with a checkpoint of a run.")
     parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="<output_dir>/<name> of a run")
+    text = "last, best (of the lowest validation loss) or an iteration (default: last)"
+    parser.add_argument("--checkpoint", default="last", metavar="WHICH", help=text)
     parser.add_argument("--prompt", default="", help="the text to continue (default: none)")
     parser.add_argument("--tokens", type=int, default=200, help="how many to generate (default: 200)")
     parser.add_argument(
@@ -109,6 +114,8 @@ def _generate(arguments: list[str]) -> int:
     for name in ("tokens", "nproc"):
         if getattr(given, name) < 1:
             raise ValueError(f"--{name} {getattr(given, name)}: must be at least 1")
+    if given.checkpoint not in ("last", "best") and not given.checkpoint.isdecimal():
+        raise ValueError(f"--checkpoint {given.checkpoint}: give last, best or an iteration")
     if not 0 <= given.seed < 2**63:
         raise ValueError(f"--seed {given.seed}: must be in [0, 2^63)")
     if not given.prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in given.prompt):
@@ -120,7 +127,8 @@ def _generate(arguments: list[str]) -> int:
 
     from megatsp.training.generate import main as generate
 
-    generate(given.run_folder, given.prompt, given.tokens, given.temperature, given.seed)
+    settings = given.prompt, given.tokens, given.temperature, given.seed
+    generate(given.run_folder, given.checkpoint, *settings)
     return 0
 
 

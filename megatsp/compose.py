@@ -2,11 +2,13 @@
 
 Hydra composes the groups; keys and values are then held against the schema here, so that every
 mistake, in an override or in a file, is named with its full path and the nearest valid one.
+There are two primary files: train.yaml, and sft.yaml, whose model is that of finetune.hf.
 """
 
 import functools
-from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,9 +22,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatsp.nearest import did_you_mean
-from megatsp.schema import Config
+from megatsp.schema import Config, FinetuneConfig
+from megatsp.tuned_model import check_model, model_before_overrides, open_source
 
 EXPERIMENT = "experiment"  # the one group that is no part of the schema: its files set any key
+
+# A group that one of the primary files does not have, and what to say of it there.
+_ABSENT = {
+    "train": ("finetune", "tunes a Hugging Face checkpoint: that is `megatsp sft`"),
+    "sft": ("model", "chooses a model, and `megatsp sft` tunes that of finetune.hf: leave it out"),
+}
 
 
 def config_dir() -> Path:
@@ -32,49 +41,76 @@ def config_dir() -> Path:
     return next(folder for folder in folders if (folder / "train.yaml").is_file())
 
 
-def group_choices(user_dir: Path | None = None) -> dict[str, list[str]]:
-    """The choices of every configuration group, those of the user's folder included."""
+def group_choices(user_dir: Path | None = None, primary: str = "train") -> dict[str, list[str]]:
+    """The choices of every configuration group of a primary file, those of the user's folder included."""
     roots = [config_dir()] + ([user_dir] if user_dir else [])
-    groups = [folder.name for folder in sorted(config_dir().iterdir()) if folder.is_dir()]
+    folders = [folder.name for folder in sorted(config_dir().iterdir()) if folder.is_dir()]
+    groups = [name for name in folders if name != _ABSENT[primary][0]]
     return {group: sorted(name for root in roots for name in _names(root / group)) for group in groups}
 
 
-def compose(overrides: list[str], user_dir: Path | None = None) -> Config:
-    """The configuration that train.yaml and the overrides select; not yet validated.
+def compose(overrides: list[str], user_dir: Path | None = None, primary: str = "train") -> Config:
+    """The configuration that a primary file and the overrides select; not yet validated.
 
     Args:
         overrides: Hydra's: `group=choice` or `group.key=value`, the last one wins.
         user_dir: a folder with groups of the user's own, such as experiment/mine.yaml.
+        primary: train, or sft: then finetune.hf is opened, and `model` is what it says.
 
     Raises:
-        ValueError: unreadable override or file, unknown group, choice or key, value of a wrong type.
+        ValueError: unreadable override or file, unknown group, choice or key, value of a wrong type; for
+            sft a checkpoint that cannot be tuned, or keys of `model` that contradict it.
     """
     if user_dir:
         _check_user_dir(user_dir)
-    choices = group_choices(user_dir)
+    choices = group_choices(user_dir, primary)
     parsed = [_parse(text) for text in overrides]
-    selections = [text for text, item in zip(overrides, parsed, strict=True) if _selects(item, choices)]
+    selections = [
+        text for text, item in zip(overrides, parsed, strict=True) if _selects(item, choices, primary)
+    ]
     if user_dir:
         location = user_dir.resolve().as_posix().replace("\\", "\\\\").replace('"', '\\"')
         selections.append(f'hydra.searchpath=["file://{location}"]')
-    try:
+    assignments = [item for item in parsed if item.key_or_group not in choices]
+    with _composition_errors(primary):
         with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
-            selected = hydra_compose("train", selections)
-        # The defaults come first, so that ${trainer.seq_length} also finds a key that no file sets.
+            selected = hydra_compose(primary, selections)
         OmegaConf.set_struct(selected, False)
-        tree = OmegaConf.merge(asdict(Config()), selected)
-        for item in parsed:
-            if item.key_or_group not in choices:
-                OmegaConf.update(tree, item.key_or_group, item.value(), merge=True)
-        values = OmegaConf.to_container(tree, resolve=True)
+        config = _merge(Config(), selected, assignments)
+        if primary == "train":
+            if config.finetune != FinetuneConfig():
+                raise ValueError("finetune.* tunes a Hugging Face checkpoint: use `megatsp sft`")
+            return config
+        source = open_source(config.finetune.hf)
+        before = replace(Config(), model=model_before_overrides(source.model, config.model))
+        return check_model(source, _merge(before, selected, assignments))
+
+
+def _merge(defaults: Config, selected: Any, assignments: Sequence[Override]) -> Config:
+    """What the files say over the defaults, and what the command line says over both."""
+    # The defaults come first, so that ${trainer.seq_length} also finds a key that no file sets.
+    tree = OmegaConf.merge(asdict(defaults), selected)
+    for item in assignments:
+        OmegaConf.update(tree, item.key_or_group, item.value(), merge=True)
+    values = OmegaConf.to_container(tree, resolve=True)
+    assert isinstance(values, dict)
+    return _to_config(values)
+
+
+@contextmanager
+def _composition_errors(primary: str) -> Iterator[None]:
+    """Hydra's errors as a user can read them."""
+    try:
+        yield
     except MissingConfigException as error:
         wanted = Path(error.missing_cfg_file or "")
         near = did_you_mean(wanted.name, error.options or ())
         raise ValueError(f"no configuration file {wanted}{near}\n{error}") from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        group, why = _ABSENT[primary]
+        if f"Could not override '{group}" in str(error):  # an experiment of the other command
+            raise ValueError(f"the experiment overrides /{group}, which {why}") from error
         raise ValueError(f"cannot compose the configuration: {error}") from error
-    assert isinstance(values, dict)
-    return _to_config(values)
 
 
 def to_yaml(config: Config) -> str:
@@ -144,9 +180,11 @@ def _parse(text: str) -> Override:
     return item
 
 
-def _selects(item: Override, choices: Mapping[str, list[str]]) -> bool:
+def _selects(item: Override, choices: Mapping[str, list[str]], primary: str) -> bool:
     """Whether an override selects a group's choice, rather than sets a key's value; either must exist."""
-    key = item.key_or_group
+    key, (absent, why) = item.key_or_group, _ABSENT[primary]
+    if key == absent and isinstance(item.value(), str):
+        raise ValueError(f"{key}={item.value()} {why}")
     if key in choices:
         value = item.value()
         if value not in choices[key]:

@@ -1,4 +1,4 @@
-"""The text of `megatsp train --help`, generated from the schema and the files in configs/."""
+"""The text of `megatsp train --help` or `sft --help`, generated from the schema and the files in configs/."""
 
 import textwrap
 from collections.abc import Iterator
@@ -11,32 +11,57 @@ from megatsp.validate import spoken
 
 WIDTH = 100  # columns
 
-USAGE = """\
-usage: megatsp train [--help] [--dry-run] [--config-dir DIR] [group=choice | group.key=value ...]
-
-Trains a GPT. Alone it starts launch.nproc ranks on this machine; under torchrun or srun it joins.
-
+OPTIONS = """\
   --dry-run          print the resolved configuration, the mesh and the memory, and stop
   --config-dir DIR   a folder with choices of your own, such as DIR/experiment/mine.yaml
 """
 
-EXAMPLES = """\
+ABOUT = {
+    "train": """\
+Trains a GPT. Alone it starts launch.nproc ranks on this machine; under torchrun or srun it joins.
+""",
+    "sft": """\
+Tunes the Hugging Face checkpoint finetune.hf, a folder or a name on the hub, and gives it back in its format:
+all weights, or low-rank adapters (finetune=lora). The model's keys are the checkpoint's; only
+model.rotary_base, model.rotary_scaling.* and model.max_position_embeddings may be set, to extend its context.
+data.path is what `megatsp preprocess --format chat` wrote with its tokenizer, or plain documents (continued
+pretraining). Alone it starts launch.nproc ranks on this machine; under torchrun or srun it joins.
+""",
+}
+
+EXAMPLES = {
+    "train": """\
 examples:
   megatsp train experiment=quickstart
   megatsp train experiment=quickstart parallel.tsp=2 trainer.train_iters=50
   megatsp train model=gpt_7b parallel.tsp=8 launch.nproc=8 trainer.seq_length=131072 --dry-run
   torchrun --nproc-per-node 8 -m megatsp train model=gpt_1b parallel.tsp=8 trainer=bf16
-"""
+""",
+    "sft": """\
+examples:
+  megatsp preprocess --input chats.jsonl --format chat --tokenizer Qwen/Qwen3-8B --output-prefix data/chats
+  megatsp sft finetune.hf=Qwen/Qwen3-8B data.path=data/chats_chat_document launch=gpu8
+  megatsp sft finetune=lora finetune.hf=Qwen/Qwen3-8B data.path=data/chats_chat_document launch=gpu8
+  megatsp sft experiment=sft_qwen3_8b_128k finetune.hf=path/to/Qwen3-8B data.path=data/long_chat_document
+""",
+}
 
 
-def train_help() -> str:
-    """Usage, groups with their choices, every key with its type, default, unit and allowed values."""
+def training_help(name: str) -> str:
+    """Usage, groups with their choices, every key with its type, default, unit and allowed values.
+
+    name: train or sft.
+    """
+    usage = f"usage: megatsp {name} [--help] [--dry-run] [--config-dir DIR] [group=choice | key=value ...]"
     groups = "\n".join(
         textwrap.fill(", ".join(choices), WIDTH, initial_indent=f"  {group:<12} ", subsequent_indent=" " * 15)
-        for group, choices in group_choices().items()
+        for group, choices in group_choices(primary=name).items()
     )
     keys = "\n".join(_key_lines(Config, ""))
-    return f"{USAGE}\ngroups (group=choice):\n{groups}\n\nkeys (group.key=value):\n{keys}\n\n{EXAMPLES}"
+    return (
+        f"{usage}\n\n{ABOUT[name]}\n{OPTIONS}\ngroups (group=choice):\n{groups}\n\n"
+        f"keys (group.key=value):\n{keys}\n\n{EXAMPLES[name]}"
+    )
 
 
 def _key_lines(kind: type, path: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from megatsp.data.source_list import read_sources
@@ -21,7 +22,10 @@ from megatsp.parallel_rules import (
     resolve_axes,
     split_errors,
 )
-from megatsp.schema import AXES, MATRICES, Config, ModelConfig, RotaryScaling
+from megatsp.schema import AXES, MATRICES, Config, FinetuneConfig, ModelConfig, RotaryScaling
+
+# Names of files that `megatsp preprocess` reads.
+_RAW = re.compile(r"\.(jsonl|json|ndjson|txt|parquet)(\.gz|\.zst)?$")
 
 
 def validate(config: Config, world_size: int) -> Config:
@@ -110,6 +114,7 @@ def _rule_errors(config: Config) -> Iterator[str]:
             yield f"{path} is empty: give a path"
     yield from _data_errors(config)
     yield from _model_errors(config)
+    yield from _finetune_errors(config)
     yield from _adapter_errors(config)
     yield from _scheduler_errors(config)
 
@@ -123,11 +128,21 @@ def _rule_errors(config: Config) -> Iterator[str]:
 
 def _data_errors(config: Config) -> Iterator[str]:
     d = config.data
-    for path in (d.path, d.valid_path, d.test_path):
+    for name in ("path", "valid_path", "test_path"):
         try:
-            read_sources(path or ["held out"])
+            _, sources = read_sources(getattr(d, name) or ["held out"])
         except ValueError as error:
             yield str(error)
+            continue
+        for raw in (source for source in sources if _is_raw(source)):
+            chat = " --format chat" if config.finetune.hf else ""
+            end, key = ("", "chat") if chat else (" --append-eod", "text")
+            prefix = _RAW.sub("", raw)
+            yield (
+                f"data.{name}={raw} is text, not tokens: first run `megatsp preprocess{chat} --tokenizer "
+                f"{d.tokenizer}{end} --input {raw} --output-prefix {prefix}`, then give "
+                f"{prefix}_{key}_document"
+            )
     if d.valid_fraction < 1 and d.test_fraction < 1 and d.valid_fraction + d.test_fraction >= 1:
         yield f"data.test_fraction={d.test_fraction}: with valid_fraction={d.valid_fraction} nothing is left"
     if d.packing == "concat" and d.long_documents != "split":
@@ -135,6 +150,33 @@ def _data_errors(config: Config) -> Iterator[str]:
             f"data.long_documents={d.long_documents}: data.packing=concat cuts one stream and looks at no "
             "document's length; use packing greedy, best_fit or pad"
         )
+
+
+def _is_raw(source: str) -> bool:
+    """Whether a source is a file of text; a prefix may be called so too."""
+    return bool(_RAW.search(source)) and not Path(f"{source}.idx").exists()
+
+
+def _finetune_errors(config: Config) -> Iterator[str]:
+    f, plain = config.finetune, FinetuneConfig()
+    if unknown := [name for name in f.lora_targets if name not in MATRICES]:
+        near = did_you_mean(unknown[0], MATRICES)
+        yield f"finetune.lora_targets: {unknown[0]}{near}; choose of {', '.join(MATRICES)}"
+    if not f.lora_targets or len({*f.lora_targets}) < len(f.lora_targets):
+        yield f"finetune.lora_targets=[{','.join(f.lora_targets)}]: name each matrix with adapters once"
+    for key in ("lora_alpha", "lora_targets", "lora_merge"):
+        if not f.lora_rank and getattr(f, key) != getattr(plain, key):
+            yield f"finetune.{key}: only adapters have it; set finetune.lora_rank, as finetune=lora does"
+    if f.export_dtype != "auto" and f.lora_rank and not f.lora_merge:
+        yield f"finetune.export_dtype={f.export_dtype}: adapters alone are fp32; set finetune.lora_merge=true"
+    if f.export == "none" and (f.lora_merge or f.export_dtype != "auto"):
+        yield "finetune.export=none: nothing is exported; leave lora_merge and export_dtype out"
+    if f.early_stopping:
+        fix = "set finetune.early_stopping=0, or"
+        if not config.data.valid_path and not config.data.valid_fraction:
+            yield f"finetune.early_stopping={f.early_stopping}: {fix} data.valid_fraction or data.valid_path"
+        if not config.trainer.eval_interval:
+            yield f"finetune.early_stopping={f.early_stopping}: {fix} trainer.eval_interval"
 
 
 def _model_errors(config: Config) -> Iterator[str]:

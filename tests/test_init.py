@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 from distributed import run_distributed
-from parity import MODEL
+from parity import MODEL, OLMO2
 from torch import Tensor
 
 from megatsp.axes import Axes
@@ -23,7 +23,7 @@ State = dict[str, Tensor]
 def config_of(seed: int = 1, **parallel) -> Config:
     counts = dict(dp_shard=1, attention_buckets=1, mlp_buckets=parallel.get("tsp", 1), head_buckets=1)
     return Config(
-        model=replace(SETTINGS, hidden_size=parallel.pop("hidden_size", SETTINGS.hidden_size)),
+        model=replace(SETTINGS, **{k: parallel.pop(k) for k in list(parallel) if hasattr(SETTINGS, k)}),
         parallel=ParallelConfig(**counts | parallel),
         trainer=TrainerConfig(seed=seed),
     )
@@ -55,6 +55,8 @@ MESHES: dict[int, list[dict]] = {
         dict(dp_shard=2),
         dict(dp_replicate=2),
         dict(dp_shard=2, hidden_size=41),
+        dict(tsp=2, **OLMO2),
+        dict(dp_shard=2, **OLMO2),
     ],
     4: [
         dict(tsp=4),
@@ -83,7 +85,7 @@ def test_every_mesh_starts_with_the_same_weights(world_size):
     configs = [config_of(**mesh) for mesh in MESHES[world_size]]
     for states in run_distributed(rank_states, world_size, configs):
         for mesh, state in zip(MESHES[world_size], states, strict=True):
-            expected = alone(hidden_size=mesh.get("hidden_size", SETTINGS.hidden_size))
+            expected = alone(**{k: v for k, v in mesh.items() if hasattr(SETTINGS, k)})
             assert state.keys() == expected.keys()
             wrong = [name for name in expected if not torch.equal(state[name], expected[name])]
             assert not wrong, mesh
@@ -104,7 +106,7 @@ def test_weights_differ_by_seed_and_by_name():
 
 def test_deviations_are_as_configured():
     std = SETTINGS.init_method_std
-    for name, t in alone().items():
+    for name, t in [*alone().items(), *alone(**OLMO2).items()]:
         if t.dim() == 1:
             assert torch.equal(t, torch.zeros_like(t) if name.endswith("bias") else torch.ones_like(t)), name
             continue

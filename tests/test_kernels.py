@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from parity import Case, case, check, fp32_bound
+from parity import OLMO2, YARN, Case, case, check, fp32_bound, twice_dense_bound
 
 from megatsp import kernels
 from megatsp.compose import compose
@@ -55,7 +55,15 @@ def triton(tsp: int = 1, *args: str, **keys: object) -> Case:
 
 
 def test_one_rank():
-    check([triton(1, "none", head_buckets=1), triton(1, "full", qk_layernorm=True)], 1, fp32_bound)
+    found = [triton(1, "none", head_buckets=1), triton(1, "full", qk_layernorm=True)]
+    found.append(triton(1, "none", attention_buckets=1, rotary_scaling=YARN, **OLMO2))
+    check(found, 1, fp32_bound)
+
+
+def test_bf16_sums_of_several_buckets():
+    """They are fp32: wider than what Triton's norm, its one kernel for bf16 here, adds them to."""
+    found = replace(triton(1, "selective", "bf16"), kernels=KernelsConfig(norm="triton"), samples=2)
+    check([found], 1, twice_dense_bound)
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "ring"])

@@ -16,6 +16,9 @@ the head); their gradients and those of other vectors by one all-reduce, which c
 head's weights, twice, and their gradients (V h each); for the embedding B T ids, and B T h/D
 elements to the tokens' ranks and back.
 
+A norm of q and k over all heads (OLMo2) makes attention walk several buckets twice: its weights move
+twice as often, forward and backward; their gradients, keys and values do not. Its gains are H d + K d.
+
 Under `owner` a rank receives all but what it holds itself, so where the owners' shares differ the
 formulas hold for the sum over ranks: they are compared as D-1 times the whole.
 """
@@ -27,7 +30,7 @@ from itertools import product
 import pytest
 import torch
 from distributed import run_distributed
-from parity import Case, case, load, weights
+from parity import OLMO2, Case, case, load, weights
 
 from megatsp.axes import Axes
 from megatsp.model.gpt import GPT
@@ -73,19 +76,23 @@ def expected(case_: Case) -> tuple[Counted, Counted]:
     m, layers, again = case_.model, case_.model.num_layers, case_.recompute == "full"
     h, query, kv = m.hidden_size, m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels
     attention = layers * (2 * query + 2 * kv) * h
+    wide = m.qk_layernorm_width == "all"
+    walks = 2 if wide and case_.parallel.attention_buckets > 1 else 1
     mlp = layers * 3 * m.ffn_hidden_size * h
     head = m.vocab_size * h
     keys_values = layers * 2 * B * T * kv
     embedded = B * T * h // case_.parallel.tsp
     gains = layers * 2 * h + h
-    vectors = layers * (m.add_qkv_bias * (query + 2 * kv) + m.qk_layernorm * 2 * m.kv_channels)
+    vectors = layers * (
+        m.add_qkv_bias * (query + 2 * kv) + m.qk_layernorm * (query + kv if wide else 2 * m.kv_channels)
+    )
     forward = {
-        "attention/weights": attention, "mlp/weights": mlp, "head/weights": head,
+        "attention/weights": walks * attention, "mlp/weights": mlp, "head/weights": head,
         "kv/forward": keys_values, "small": gains,
         "embedding/ids": B * T, "embedding/forward": embedded,
     }  # fmt: skip
     backward = {
-        "attention/weights": (1 + again) * attention, "mlp/weights": mlp, "head/weights": head,
+        "attention/weights": (1 + again) * walks * attention, "mlp/weights": mlp, "head/weights": head,
         "attention/gradients": attention, "mlp/gradients": mlp, "head/gradients": head,
         "kv/backward": keys_values, "kv/gradients": keys_values, "small": 2 * (gains + vectors),
         "embedding/backward": embedded,
@@ -124,6 +131,9 @@ def times(whole: Counted, factor: Fraction) -> Counted:
 @pytest.mark.parametrize(("tsp", "dtype"), [(2, "fp32"), (4, "fp32"), (4, "bf16")])
 def test_every_rank_moves_what_the_formulas_say(tsp, dtype):
     found = cases(tsp, dtype, EVEN)
+    if tsp == 2:  # in four buckets, which are walked twice, and in one
+        found += cases(tsp, dtype, EVEN | OLMO2)[::2]
+        found += cases(tsp, dtype, EVEN | OLMO2 | dict(attention_buckets=1))[:3]
     for counts in run_distributed(rank_counts, tsp, found):
         for case_, of_case in zip(found, counts, strict=True):
             for actual, whole in zip(of_case, expected(case_), strict=True):

@@ -5,6 +5,7 @@ Llama with its sdpa attention. Both start from our first weights, so their losse
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from megatsp.bench.step import TrainStep
-from megatsp.model.gpt import GPT, DecoderLayer
+from megatsp.model.gpt import GPT, Attention, DecoderLayer, has_rotary
 from megatsp.model.rotary import rotary_table
-from megatsp.schema import Config
+from megatsp.schema import Config, ModelConfig
 from megatsp.training.optimizer import AdamW
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # ids, labels [B, T] to the mean loss of a token
@@ -82,28 +83,44 @@ def _plain(config: Config) -> tuple[nn.Module, Loss]:
         cos, sin = rotary_table(config.model, torch.arange(ids.shape[1], device=ids.device))
         x = F.embedding(ids, gpt.model.embed_tokens.weight)
         for i in range(config.model.num_layers):
-            layer = gpt.layer(i)
-            x = (
-                checkpoint(_layer, layer, x, cos, sin, use_reentrant=False)
-                if full
-                else _layer(layer, x, cos, sin)
+            # cos = 1, sin = 0 is no rotation
+            table = (
+                (cos, sin) if has_rotary(config.model, i) else (torch.ones_like(cos), torch.zeros_like(sin))
             )
+            layer = partial(_layer, gpt.layer(i), config.model)
+            x = checkpoint(layer, x, *table, use_reentrant=False) if full else layer(x, *table)
         logits = F.linear(gpt.model.norm(x), gpt.head_weight).float()
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     return gpt, loss
 
 
-def _layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, m, y = layer.self_attn, layer.mlp, layer.input_layernorm(x)
-    width = cos.shape[1] * 2
-    q, k, v = (p(y).unflatten(-1, (-1, width)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
-    q = _rotate(a.q_norm(q) if a.q_norm is not None else q, cos, sin)
-    k = _rotate(a.k_norm(k) if a.k_norm is not None else k, cos, sin)
+def _layer(layer: DecoderLayer, model: ModelConfig, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    m, before = layer.mlp, model.norm_position == "before"
+
+    def mlp(y: Tensor) -> Tensor:
+        return m.down_proj(F.silu(m.gate_proj(y)) * m.up_proj(y))
+
+    def attention(y: Tensor) -> Tensor:
+        return _attention(layer.self_attn, model, y, cos, sin)
+
+    for f, norm in zip((attention, mlp), layer.norms, strict=True):
+        x = x + (f(norm(x)) if before else norm(f(x)))
+    return x
+
+
+def _attention(a: Attention, model: ModelConfig, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    q, k, v = (p(y).unflatten(-1, (-1, model.kv_channels)) for p in (a.q_proj, a.k_proj, a.v_proj))
+    if a.q_norm is not None and a.k_norm is not None:
+        # [d] of each head, or [H d] and [K d] of all.
+        q, k = (
+            norm(t.flatten(2).unflatten(-1, (-1, norm.weight.numel()))).view_as(t)
+            for t, norm in ((q, a.q_norm), (k, a.k_norm))
+        )
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    x = x + a.o_proj(out.transpose(1, 2).flatten(2))
-    y = layer.post_attention_layernorm(x)
-    return x + m.down_proj(F.silu(m.gate_proj(y)) * m.up_proj(y))
+    return a.o_proj(out.transpose(1, 2).flatten(2))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -117,8 +134,12 @@ def _transformers(config: Config) -> tuple[nn.Module, Loss]:
     except ImportError as error:
         raise ValueError(f"no transformers here ({error}): pip install 'megatsp[hf]'") from error
     m = config.model
-    if m.add_qkv_bias or m.qk_layernorm or m.rotary_scaling.type != "none":
-        raise ValueError("transformers stands for Llama here: no biases, head norms or rotary scaling")
+    scaled = m.rotary_scaling.type != "none" or m.no_rope_freq
+    if m.add_qkv_bias or m.qk_layernorm or scaled or m.norm_position != "before":
+        raise ValueError(
+            "transformers stands for Llama here: no biases, norms of q and k or after sublayers, rotary "
+            "scaling or layers without rotary"
+        )
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=m.vocab_size,

@@ -5,17 +5,19 @@
         state.json                      iteration, consumed samples and tokens, tokenizer, W&B run id
         config.yaml                     what the run was started with
         tokenizer/                      the tokenizer's files
+        hf/                             of a model from Hugging Face: its config.json and the like
     checkpoints/latest_checkpointed_iteration.txt
+    checkpoints/best_checkpointed_iteration.txt     of fine-tuning: the lowest validation loss
 
 Tensors are logical: weights under their Hugging Face names and `optimizer.<moment>.<name>`. Any
-mesh loads what any other saved.
+mesh loads what any other saved. Only what is trained is saved: of a run with adapters, these alone.
 """
 
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,6 +33,7 @@ from megatsp.data.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = "tokenizer"  # the folder in a checkpoint
 LATEST = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpointed_iteration.txt"
 _OTHER = f"restore it, or write the iteration of another checkpoint into {LATEST} beside it"
 
 
@@ -39,6 +42,9 @@ class RunState:
     """Where a run stands, beside its tensors.
 
     tokenizer, tokenizer_fingerprint: of the run; empty in checkpoints of versions that did not store them.
+    base_fingerprint: of the Hugging Face checkpoint that is tuned; empty: first weights.
+    best_loss, best_iteration: the lowest validation loss of tuned weights, and when; iteration 0: none yet.
+    evaluations_without_gain: since then.
     files: of the checkpoint, with their sizes in bytes.
     """
 
@@ -49,6 +55,10 @@ class RunState:
     tokenizer: str = ""
     tokenizer_fingerprint: str = ""
     data_key: str = ""  # of the samples and their order; empty: not known
+    base_fingerprint: str = ""
+    best_loss: float = 0.0
+    best_iteration: int = 0
+    evaluations_without_gain: int = 0
     files: dict[str, int] = field(default_factory=dict, compare=False)
 
 
@@ -62,7 +72,36 @@ def latest(checkpoints: Path) -> Path | None:
     Raises:
         ValueError: the pointer names a checkpoint that is not there.
     """
-    pointer = checkpoints / LATEST
+    return _pointed_to(checkpoints / LATEST)
+
+
+def best(checkpoints: Path) -> Path | None:
+    """The checkpoint of a fine-tuning's lowest validation loss, or None if nothing was evaluated.
+
+    Raises:
+        ValueError: the pointer names a checkpoint that is not there.
+    """
+    return _pointed_to(checkpoints / BEST)
+
+
+def chosen(checkpoints: Path, which: str) -> Path:
+    """A run's checkpoint. which: last, best, or an iteration in digits.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    folder = latest(checkpoints) if which == "last" else best(checkpoints) if which == "best" else None
+    if which.isdecimal() and (folder_of(checkpoints, int(which)) / "state.json").exists():
+        folder = folder_of(checkpoints, int(which))
+    if folder is None:
+        there = ", ".join(sorted(path.name for path in checkpoints.glob("iter_*"))) or "none"
+        why = ": only `megatsp sft` with validation data keeps one" if which == "best" else ""
+        raise ValueError(f"{checkpoints} has no checkpoint {which}{why} (there: {there})")
+    return folder
+
+
+def _pointed_to(pointer: Path) -> Path | None:
+    checkpoints = pointer.parent
     if not pointer.exists():
         return None
     text = pointer.read_text().strip()
@@ -80,12 +119,12 @@ def save(
     state: RunState,
     model: nn.Module,
     tensors: dict[str, Tensor],
-    texts: dict[str, str],
+    extra: Mapping[str, bytes],
     tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Writes one checkpoint on all ranks and moves the pointer to it last.
 
-    tensors: beside the model's own, under names that do not collide. texts: small files by name.
+    tensors: beside the model's own, under names that do not collide. extra: small files by relative path.
     tokenizer: the run's; its files go along, so that the checkpoint needs none of what it was read from.
     """
     folder = folder_of(checkpoints, state.iteration)
@@ -102,10 +141,11 @@ def save(
             storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
         )
     if is_first:
-        for name, text in texts.items():
-            (temporary / name).write_text(text)
+        for name, content in extra.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_bytes(content)
         if tokenizer is not None:
-            (temporary / TOKENIZER).mkdir()
+            (temporary / TOKENIZER).mkdir(exist_ok=True)
             for name, content in tokenizer.files().items():
                 (temporary / TOKENIZER / name).write_bytes(content)
             state = replace(state, tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
@@ -122,7 +162,9 @@ def save(
 
 
 def load(folder: Path, model: nn.Module, tensors: dict[str, Tensor]) -> RunState:
-    """Fills the model and `tensors` in place, on all ranks, from any mesh's checkpoint.
+    """Fills what the model trains and `tensors` in place, on all ranks, from any mesh's checkpoint.
+
+    Of iteration 0 a checkpoint may have none of `tensors`: an imported one, which then keep their values.
 
     Raises:
         ValueError: the checkpoint lacks a file, or one has another size or cannot be read; it lacks a
@@ -136,6 +178,8 @@ def load(folder: Path, model: nn.Module, tensors: dict[str, Tensor]) -> RunState
             found = reader.read_metadata().state_dict_metadata
         except SafetensorError as error:
             raise ValueError(f"{folder} is damaged: {error}; {_OTHER}") from error
+        if state.iteration == 0 and not any(name in found for name in tensors):
+            wanted = _all_tensors(model, {})
         shapes = {name: getattr(found.get(name), "size", None) for name in wanted}
         wrong = [
             f"{name}: wanted {tuple(tensor.shape)}, found {tuple(size) if size is not None else 'nothing'}"

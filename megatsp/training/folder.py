@@ -11,11 +11,16 @@ from typing import Any
 from megatsp.compose import from_yaml
 from megatsp.schema import Config
 from megatsp.training import checkpoint
+from megatsp.training.logs import read_metrics
 
 LOCK = ".lock"
 
-# A resumed run may change anything but these: they decide the model, or which sample comes next.
-FROZEN = ("model", "optimizer.name", "trainer.seq_length", "trainer.seed")
+# A resumed run may change anything but these: they decide the model, or which sample comes next. The weights
+# that are tuned are compared by content: see `megatsp.training.base`.
+FROZEN = (
+    "model", "optimizer.name", "trainer.seq_length", "trainer.seed", "finetune.lora_rank",
+    "finetune.lora_alpha", "finetune.lora_targets",
+)  # fmt: skip
 
 # Keys of `data` that decide which sample comes next; its own content and theirs make the key of the data.
 ORDERING = (
@@ -48,11 +53,14 @@ def find_checkpoint(config: Config) -> Path | None:
     if not saved.is_file():
         raise ValueError(f"{found} is damaged: config.yaml is missing; restore it, or {fix}")
     old = from_yaml(saved.read_text())
+    is_import = found == checkpoint.folder_of(folder / "checkpoints", 0)  # nothing was trained yet
     changed = [
         f"{path}: {before!r} there, {now!r} now"
-        for key in FROZEN
+        for key in (("model",) if is_import else FROZEN)
         for path, before, now in _differences(key, _get(old, key), _get(config, key))
     ]
+    if not is_import and bool(old.finetune.hf) != bool(config.finetune.hf):  # of train and of sft
+        changed.append(f"finetune.hf: {old.finetune.hf!r} there, {config.finetune.hf!r} now")
     if changed:
         raise ValueError(
             f"{folder} holds another run; it differs in {'; '.join(changed)}. To start anew, {fix}"
@@ -111,8 +119,9 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def _has_metrics(folder: Path) -> bool:
+    """Whether a step was logged; the loss of weights that nothing was done to is no loss."""
     path = folder / "metrics.jsonl"
-    return path.is_file() and path.stat().st_size > 0
+    return path.is_file() and any(entry["iteration"] for entry in read_metrics(path))
 
 
 def run_folder(config: Config) -> Path:

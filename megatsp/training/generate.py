@@ -18,21 +18,25 @@ from megatsp.model.gpt import GPT, local
 from megatsp.model.parallelize import build_model
 from megatsp.schema import ParallelConfig
 from megatsp.training import checkpoint
+from megatsp.training.base import load_base
 from megatsp.tsp.norm import rms_norm
 from megatsp.tsp.partition import local_positions, take_local
 from megatsp.validate import validate
 
 
-def main(run_folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
-    """Prints the prompt and its continuation by the run's last checkpoint; on all ranks of a tsp group.
+def main(run_folder: Path, which: str, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Prints the prompt and its continuation by a checkpoint of the run; on all ranks of a tsp group.
+
+    which: last, best or an iteration. Adapters are added to the checkpoint that they tune.
 
     Raises:
-        ValueError: the folder holds no checkpoint, its tokenizer is not the one that it was trained with, or
-            its model does not split over these ranks.
+        ValueError: the folder holds no such checkpoint, what it tunes has changed, its tokenizer is not the
+            one that it was trained with, or its model does not split over these ranks.
     """
-    found = checkpoint.latest(run_folder / "checkpoints")
-    if found is None:
+    checkpoints = run_folder / "checkpoints"
+    if which == "last" and checkpoint.latest(checkpoints) is None:
         raise ValueError(f"{run_folder} has no checkpoint: train it first, or give another run's folder")
+    found = checkpoint.chosen(checkpoints, which)
     config = from_yaml((found / "config.yaml").read_text())
     tokenizer = checkpoint.load_tokenizer_of(found, config.data.tokenizer)
     device = choose_device(config.launch.device)
@@ -42,6 +46,8 @@ def main(run_folder: Path, prompt: str, tokens: int, temperature: float, seed: i
         config = validate(replace(config, parallel=parallel), dist.get_world_size())
         axes = Axes.build(config.parallel, device)
         gpt = build_model(config, axes)
+        if config.finetune.lora_rank:  # the checkpoint holds adapters alone
+            load_base(config, found, gpt)
         checkpoint.load(found, gpt, {})
         text = generate(gpt, axes, tokenizer, prompt, tokens, temperature, seed, config.trainer.seq_length)
         if dist.get_rank() == 0:

@@ -38,7 +38,7 @@ class Reporter:
             return
         self._start_wandb(config, folder)
         path = folder / "metrics.jsonl"
-        _drop_after(path, iteration)
+        _drop_after(path, iteration or -1)  # a new run has logged nothing, not even of its first weights
         self._file = path.open("a", buffering=1)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=self._total, initial=iteration, unit="it", disable=not on_terminal)

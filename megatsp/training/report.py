@@ -1,7 +1,11 @@
 """What `--dry-run` says of a configuration, computed without starting a rank."""
 
-from megatsp.model.gpt import count_parameters
+import math
+from collections.abc import Iterator
+
+from megatsp.model.gpt import adapter_shapes, count_parameters
 from megatsp.schema import AXES, Config, ParallelConfig
+from megatsp.training.folder import run_folder
 from megatsp.training.memory import predict
 from megatsp.validate import dp_size
 
@@ -22,6 +26,7 @@ def describe(config: Config, world_size: int) -> str:
         ("tokens per rank", f"{trainer.micro_batch_size} x {tokens:,}"),
         ("micro-batches", f"{accumulation} a step"),
         ("parameters", f"{count_parameters(model):,}"),
+        *(_tuning(config) if config.finetune.hf else ()),
         ("bytes per rank", "(predicted)"),
         ("  weights", _bytes(held.weights)),
         ("  gradients", _bytes(held.gradients)),
@@ -31,6 +36,21 @@ def describe(config: Config, world_size: int) -> str:
         ("  sum", f"{_bytes(held.total)} and the working memory of one layer"),
     ]  # fmt: skip
     return "\n".join(f"{name:16} {text}" for name, text in rows)
+
+
+def _tuning(config: Config) -> Iterator[tuple[str, str]]:
+    """What `megatsp sft` begins with, changes and gives back."""
+    f, model = config.finetune, config.model
+    yield "tunes", f.hf
+    if f.lora_rank:
+        count = sum(math.prod(shape) for shape in adapter_shapes(model, f).values())
+        targets = ", ".join(f.lora_targets)
+        yield "trained", f"{count:,} in adapters of rank {f.lora_rank} on {targets}"
+    else:
+        yield "trained", f"all {count_parameters(model):,}"
+    what = ["adapter (PEFT)"] * bool(f.lora_rank) + ["hf"] * (not f.lora_rank or f.lora_merge)
+    folders = " and ".join(f"{run_folder(config)}/{name}" for name in what)
+    yield "gives back", "nothing" if f.export == "none" else f"the {f.export} checkpoint, as {folders}"
 
 
 def _who_holds_what(parallel: ParallelConfig) -> str:

@@ -4,7 +4,8 @@ A token's mean square is known when its last bucket is projected, so the forward
 projects all buckets, then attends with each. The backward's norms need a sum over all heads likewise: it
 first takes each bucket back to the normalised q and k, then through the norms and projections. Kept between
 the two walks: the projections of all buckets, [B T/D, (H + 2 K) d], and in the backward also their
-gradients. A single bucket needs none of this: see StreamedAttention, which then has all heads at hand.
+gradients. A single bucket needs none of this: see StreamedAttention, which then has all heads at hand. The
+norms are torch's here: no kernel of Norm's takes a part of what is normalised.
 
 Source: OLMo 2, arXiv:2501.00656, section 3.1; the norm's backward is that of tsp/norm.py.
 """

@@ -59,20 +59,19 @@ def load(folder: Path, dtype: torch.dtype) -> Callable[[], Any]:
     from megatsp.hf.load import load_weights
     from megatsp.model.gpt import GPT
     from megatsp.model.parallelize import shard
-    from megatsp.schema import Config, ParallelConfig
+    from megatsp.schema import ModelConfig, ParallelConfig
 
     device = torch.device("cpu")
     join(device, 600, store=dist.HashStore(), rank=0, world_size=1)
-    config = Config(parallel=ParallelConfig(dp_shard=1))
-    axes = Axes.build(config.parallel, device)
+    axes = Axes.build(parallel := ParallelConfig(dp_shard=1), device)
     with torch.device("meta"):
-        shard(GPT(config.model), config, axes)  # what torch imports when it is first used
+        shard(GPT(ModelConfig()), parallel, axes)  # what torch imports when it is first used
 
     def work() -> Any:
         checkpoint = open_checkpoint(str(folder))
         with torch.device("meta"):
             gpt = GPT(checkpoint.model)
-        shard(gpt, config, axes)
+        shard(gpt, parallel, axes)
         gpt.to(dtype).to_empty(device=device)
         load_weights(checkpoint, gpt)
         return [parameter.to_local() for parameter in gpt.parameters()]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from distributed import run_distributed
 
-from megatsp.bench.plain import plain_step, transformers_step
+from megatsp.bench.plain import _transformers, plain_step, transformers_step
 from megatsp.bench.step import TrainStep
-from megatsp.schema import Config, ModelConfig, OptimizerConfig, TrainerConfig
+from megatsp.schema import Config, ModelConfig, OptimizerConfig, RotaryScaling, TrainerConfig
 from megatsp.validate import validate
 
 CONFIG = Config(
@@ -43,10 +43,22 @@ def test_losses_are_ours(name, untied, recompute):
     assert abs(later[-1][0] - first[0]) > 0.05  # the weights moved
 
 
-def test_plain_has_biases_and_head_norms():
-    model = replace(CONFIG.model, add_qkv_bias=True, qk_layernorm=True)
-    ((first, *later),) = run_distributed(rank_losses, 1, "plain", validate(replace(CONFIG, model=model), 1))
-    assert all(ours == pytest.approx(theirs, rel=1e-4) for ours, theirs in (first, *later))
+FAMILIES = (
+    dict(add_qkv_bias=True, qk_layernorm=True),
+    dict(qk_layernorm=True, qk_layernorm_width="all", norm_position="after"),
+    dict(no_rope_freq=2, rotary_scaling=RotaryScaling("yarn", 4.0, original_max_position_embeddings=512)),
+)
+
+
+def rank_losses_of_each(configs: list[Config]) -> list[list[tuple[float, float]]]:
+    return [rank_losses("plain", config) for config in configs]
+
+
+def test_plain_has_what_families_have():
+    configs = [validate(replace(CONFIG, model=replace(CONFIG.model, **model)), 1) for model in FAMILIES]
+    (found,) = run_distributed(rank_losses_of_each, 1, configs)
+    for losses in found:
+        assert all(ours == pytest.approx(theirs, rel=1e-4) for ours, theirs in losses)
 
 
 @pytest.mark.parametrize(("name", "recompute"), [("plain", "selective"), ("transformers", "full")])
@@ -56,7 +68,8 @@ def test_other_recompute_is_refused(name, recompute):
         FACTORIES[name](config, torch.device("cpu"))
 
 
-def test_transformers_refuses_what_llama_is_not():
-    config = replace(CONFIG, model=replace(CONFIG.model, add_qkv_bias=True))
-    with pytest.raises(AssertionError, match="no biases, head norms or rotary scaling"):
-        run_distributed(rank_losses, 1, "transformers", validate(config, 1))
+@pytest.mark.parametrize("model", [*FAMILIES, dict(norm_position="after"), dict(no_rope_freq=2)])
+def test_transformers_refuses_what_llama_is_not(model):
+    config = replace(CONFIG, model=replace(CONFIG.model, **model))
+    with pytest.raises(ValueError, match="no biases, norms of q and k or after sublayers, rotary scaling or"):
+        _transformers(validate(config, 1))

@@ -194,7 +194,7 @@ def save_and_be_interrupted(config: Config, folder: Path) -> None:
     """On a rank: a save that fails on the way, after one that succeeded."""
     training = start_training(config)
     tensors = training.optimizer.tensors()
-    checkpoint.save(folder, RunState(iteration=1), training.gpt, tensors, {"config.yaml": "first"})
+    checkpoint.save(folder, RunState(iteration=1), training.gpt, tensors, {"config.yaml": b"first"})
     before = files(folder)
     with pytest.raises(TypeError):
         checkpoint.save(folder, RunState(iteration=1), training.gpt, tensors, {"config.yaml": None})
@@ -202,7 +202,7 @@ def save_and_be_interrupted(config: Config, folder: Path) -> None:
     assert after == before
     assert checkpoint.latest(folder) == folder / "iter_0000001"
     # The same iteration again: what was left lying about is swept away, the old one replaced.
-    checkpoint.save(folder, RunState(iteration=1), training.gpt, tensors, {"config.yaml": "second"})
+    checkpoint.save(folder, RunState(iteration=1), training.gpt, tensors, {"config.yaml": b"second"})
     assert (folder / "iter_0000001" / "config.yaml").read_text() == "second"
     assert sorted(path.name for path in folder.iterdir()) == ["iter_0000001", LATEST]
 

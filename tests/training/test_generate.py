@@ -7,7 +7,7 @@ import pytest
 import torch
 from dense import DenseGPT
 from distributed import run_distributed
-from parity import MODEL, case, load, relative_error, weights
+from parity import MODEL, OLMO2, case, load, relative_error, weights
 from runs import command, overrides, train_on_ranks, write_corpus
 
 from megatsp.axes import Axes
@@ -18,7 +18,9 @@ from megatsp.training.generate import generate, next_token_logits
 
 MODELS = {
     "tied": replace(MODEL, vocab_size=257),
-    "untied": replace(MODEL, vocab_size=257, untie_embeddings_and_output_weights=True),
+    "untied": replace(
+        MODEL, vocab_size=257, untie_embeddings_and_output_weights=True, no_rope_freq=2, **OLMO2
+    ),
 }
 LENGTHS = (1, 2, 7, 16, 33)
 IDS = torch.randint(0, 257, (40,), generator=torch.Generator().manual_seed(3)).tolist()

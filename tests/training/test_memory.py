@@ -2,13 +2,16 @@
 
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from distributed import run_distributed
 from megatsp_kernels.peers import Layout
+from parity import OLMO2
 
 from megatsp.axes import Axes
+from megatsp.bench.live_bytes import LiveBytes
 from megatsp.model.parallelize import build_model
 from megatsp.schema import Config, ModelConfig, ParallelConfig, TrainerConfig
 from megatsp.training.memory import RankBytes, peak_memory_gib, predict
@@ -147,6 +150,40 @@ def test_norms_after_and_over_all_heads(recompute, inverses):
         held, before = predict(validate(config, 1)), predicted(recompute=recompute)
         assert held.saved_activations == before.saved_activations + 2 * 36 * 4 * (6 + kept)
         check_parameters(held, 2 * (2 * 48 + 2 * 24 + 3 * 42 + 12 + 8 + 4) + 6 + 66)
+
+
+OTHERS: tuple[dict, ...] = ({}, dict(norm_position="after"), OLMO2)
+
+
+def rank_kept(configs: list[Config]) -> list[int]:
+    """On a rank: bytes alive after each one's forward that were not before it."""
+    found = []
+    for config in configs:
+        axes = Axes.build(config.parallel, torch.device("cpu"))
+        gpt = build_model(config, axes)
+        with LiveBytes() as live:
+            live.hold_model(gpt)
+            ids = torch.zeros(config.trainer.micro_batch_size, config.trainer.seq_length, dtype=torch.int64)
+            out = gpt(ids)
+            found.append(live.live["activations"])
+            del out
+    return found
+
+
+def test_a_layer_keeps_what_is_predicted():
+    """Of two models that differ by a layer; beside what is predicted it keeps its two gains of 6."""
+    pairs = []
+    for model, recompute, buckets in product(OTHERS, ("none", "selective", "full"), (1, 2)):
+        trainer = replace(CONFIG.trainer, recompute_granularity=recompute)
+        parallel = replace(CONFIG.parallel, attention_buckets=buckets)
+        for layers in (1, 2):
+            changed = replace(CONFIG.model, num_layers=layers, **model)
+            config = replace(CONFIG, model=changed, trainer=trainer, parallel=parallel)
+            pairs.append(validate(config, 1))
+    (kept,) = run_distributed(rank_kept, 1, pairs)
+    expected = [predict(config).saved_activations for config in pairs]
+    for one, two, least, most in zip(kept[::2], kept[1::2], expected[::2], expected[1::2], strict=True):
+        assert two - one == most - least + 2 * 6 * 4
 
 
 def test_more_buckets_are_smaller():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
-from parity import Case, batch, case, check, fp32_bound, load, weights
+from parity import OLMO2, Case, batch, case, check, fp32_bound, load, weights
 from test_traffic import rank_counts
 
 from megatsp.axes import Axes
@@ -32,7 +32,7 @@ FUSED = dict(overlap="fused", attention_buckets=2, mlp_buckets=3, num_query_grou
                 case(2, "full", micro_batches=2, **FUSED),
             ],
         ),
-        (4, [case(4, "selective", **FUSED)]),
+        (4, [case(4, "selective", **FUSED, **OLMO2)]),
     ],
 )
 def test_losses_and_gradients_equal_the_dense_ones(tsp, cases):
@@ -44,7 +44,7 @@ def test_beside_data_parallel_ranks():
 
 
 def test_it_moves_what_collectives_move():
-    fused = case(2, "full", **FUSED)
+    fused = case(2, "full", **FUSED, **OLMO2)
     collective = replace(fused, parallel=replace(fused.parallel, overlap="collective"))
     for counts in run_distributed(rank_counts, 2, [fused, collective]):
         assert counts[0] == counts[1]

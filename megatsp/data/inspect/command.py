@@ -59,6 +59,7 @@ def _inspect(arguments: list[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="group=choice|key=value", help="as of megatsp train")
     parser.add_argument("--config-dir", type=Path, help="as of megatsp train")
+    parser.add_argument("--sft", action="store_true", help="the settings are those of megatsp sft")
     parser.add_argument("--samples", type=int, default=3, help="how many to show (default: 3)")
     parser.add_argument("--at", type=int, default=0, metavar="SAMPLE", help="the first of them (default: 0)")
     parser.add_argument(
@@ -76,7 +77,7 @@ def _inspect(arguments: list[str]) -> int:
             raise ValueError(f"--{option} {getattr(given, option)}: must be at least 0")
     if given.plot and given.plot.suffix != ".png":
         raise ValueError(f"--plot {given.plot}: give a file that ends with .png")
-    config = compose(given.overrides, given.config_dir)
+    config = compose(given.overrides, given.config_dir, "sft" if given.sft else "train")
     # Which samples are read, and in which order, does not depend on the ranks: so this asks for none.
     config = validate(replace(config, parallel=ParallelConfig()), world_size=1)
     try:

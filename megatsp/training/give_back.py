@@ -1,0 +1,83 @@
+"""What a finished fine-tuning gives back to Hugging Face: its best or last checkpoint, by one process.
+
+<run>/hf/          the tuned model, as transformers saves it; of adapters only if finetune.lora_merge
+<run>/adapter/     the adapters, as PEFT saves them
+<run>/export.json  which checkpoint they are of
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatsp.schema import Config
+from megatsp.training import checkpoint
+from megatsp.training.checkpoint import replace_text
+from megatsp.training.folder import run_folder
+
+MODEL, ADAPTER, RECORD = "hf", "adapter", "export.json"
+
+
+def give_back(config: Config, again: bool) -> None:
+    """Exports what finetune.export names, and says where it is.
+
+    again: also what was exported before.
+
+    Raises:
+        ValueError: there is something else where it would go, or the exported logits are not ours.
+    """
+    finetune, run = config.finetune, run_folder(config)
+    if finetune.export == "none":
+        return
+    checkpoints = run / "checkpoints"
+    best = checkpoint.best(checkpoints) if finetune.export == "best" else None
+    found = best or checkpoint.chosen(checkpoints, "last")
+    writers = _writers(config, found)
+    record = {"checkpoint": found.name, "dtype": finetune.export_dtype, "folders": list(writers)}
+    before = _read_record(run)
+    if not again and before == record and all((run / name).is_dir() for name in writers):
+        print(f" exported:   {', '.join(str(run / name) for name in writers)} already, from {found.name}")
+        return
+    for name in writers:
+        output = run / name
+        if output.exists() and name not in before.get("folders", ()):
+            raise ValueError(
+                f"{output} was there before: move it away, and the same command exports {found} to it"
+            )
+    replace_text(run / RECORD, json.dumps({**record, "checkpoint": None}) + "\n")  # not yet
+    for name, write in writers.items():
+        report = write(run / name)
+        print(f" exported:   {run / name}, from {found.name}")
+        if report is not None:
+            print(f" verified:   {report}", flush=True)
+    replace_text(run / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def _writers(config: Config, found: Path) -> dict[str, Callable[[Path], Any]]:
+    """By folder of the run: what writes it, given where, and returns what was verified."""
+    from megatsp.hf.export import export
+    from megatsp.hf.output import whole_folder
+
+    finetune = config.finetune
+    dtype, verify = finetune.export_dtype, finetune.verify
+    if not finetune.lora_rank:
+        return {MODEL: lambda output: export(found, output, dtype, verify=verify, force=True)}
+    from megatsp.hf.adapter import export_merged, write_adapter
+
+    def adapter(output: Path) -> None:
+        with whole_folder(output, force=True, num_bytes=0) as temporary:
+            write_adapter(found, temporary, finetune.hf)
+
+    writers: dict[str, Callable[[Path], Any]] = {ADAPTER: adapter}
+    if finetune.lora_merge:
+        writers[MODEL] = lambda output: export_merged(found, output, dtype, verify=verify, force=True)
+    return writers
+
+
+def _read_record(run: Path) -> dict[str, Any]:
+    """What was exported before; checkpoint is null if not to the end. Empty if nothing was."""
+    try:
+        found = json.loads((run / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

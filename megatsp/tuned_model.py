@@ -1,0 +1,87 @@
+"""The model that `megatsp sft` tunes: what its checkpoint says, and the little that may be set beside it."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from megatsp.schema import Config, ModelConfig
+
+if TYPE_CHECKING:
+    from megatsp.hf.checkpoint import HFCheckpoint
+
+# A longer context changes these; every other key is what the weights were trained with.
+OVERRIDABLE = ("rotary_base", "rotary_scaling", "max_position_embeddings")
+
+
+def open_source(name: str) -> "HFCheckpoint":
+    """The checkpoint that finetune.hf names.
+
+    Raises:
+        ValueError: it names none, or one that cannot be computed exactly.
+    """
+    if not name:
+        raise ValueError(
+            "finetune.hf is missing: the folder of a Hugging Face checkpoint, or its name on the hub, as in "
+            "`megatsp sft finetune.hf=Qwen/Qwen3-8B data.path=PREFIX`; first weights are for `megatsp train`"
+        )
+    from megatsp.hf.checkpoint import open_checkpoint
+
+    return open_checkpoint(name, hashes=False)  # a new run reads all files once, on one rank
+
+
+def model_before_overrides(source: ModelConfig, asked: ModelConfig) -> ModelConfig:
+    """The model's keys before any that are set by name.
+
+    asked: the schema's defaults with the latter.
+
+    Where only `asked` rescales frequencies, the length before the extension is the checkpoint's context,
+    unless that is set by name too.
+    """
+    if source.rotary_scaling.type != "none" or asked.rotary_scaling.type == "none":
+        return source
+    known = source.max_position_embeddings or source.rotary_scaling.original_max_position_embeddings
+    return replace(
+        source, rotary_scaling=replace(source.rotary_scaling, original_max_position_embeddings=known)
+    )
+
+
+def check_model(source: "HFCheckpoint", config: Config) -> Config:
+    """`config` with the context length that the tuned model will say it has.
+
+    Raises:
+        ValueError: a key of `model` that is another in the checkpoint and cannot be changed; samples that
+            are longer than the checkpoint's context, and nothing said about that.
+    """
+    theirs, ours = source.model, config.model
+    changed = [
+        f"model.{name}: {there!r} there, {here!r} here"
+        for name, there, here in _differences(asdict(theirs), asdict(ours))
+        if name.partition(".")[0] not in OVERRIDABLE
+    ]
+    if changed:
+        raise ValueError(
+            f"{source.folder} is another model: {'; '.join(changed)}. Leave these keys out; only "
+            "model.rotary_base, model.rotary_scaling.* and model.max_position_embeddings may be set"
+        )
+    length, context = config.trainer.seq_length, ours.max_position_embeddings
+    if not context or length <= context:
+        return config
+    if context != theirs.max_position_embeddings:
+        raise ValueError(
+            f"model.max_position_embeddings={context}: trainer.seq_length={length} is longer; set it to "
+            f"{length} or more, or leave it out"
+        )
+    if (ours.rotary_base, ours.rotary_scaling) == (theirs.rotary_base, theirs.rotary_scaling):
+        factor = f"{length / context:g}"
+        raise ValueError(
+            f"trainer.seq_length={length}: {source.folder} has a context of {context} tokens. Extend it by "
+            f"model.rotary_scaling.type=yarn model.rotary_scaling.factor={factor}, or by a larger "
+            f"model.rotary_base (here {theirs.rotary_base:g}); or train longer samples as it is, by "
+            f"model.max_position_embeddings={length}"
+        )
+    return replace(config, model=replace(ours, max_position_embeddings=length))
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value there, value here) of every key that differs."""
+    return ((name, value, here[name]) for name, value in there.items() if value != here[name])
