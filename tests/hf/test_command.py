@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import Made, make, reference, write_tokenizer
+from runs import overrides, train_on_ranks, write_corpus
 from safetensors.torch import load_file
 
 from megatsp import cli
+from megatsp.compose import from_yaml
 from megatsp.hf.command import parse_bytes
 from megatsp.hf.hashes import check_hashes, expected_hashes
 from megatsp.hf.output import plan_files, whole_folder
@@ -120,6 +122,33 @@ def test_a_source_without_a_tokenizer(tmp_path, capsys):
     assert cli.main(["convert", "export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     assert "transformers has no tokenizer of this kind (byte)" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*token*"))
+
+
+def test_an_imported_run_is_trained_and_given_back(tmp_path, capsys, monkeypatch):
+    """By `megatsp train` on two ranks: new weights, with all else that the source said."""
+    monkeypatch.setattr("megatsp.hf.imported.MAX_FILE_BYTES", 30_000)
+    made = Made("small", "llama", dict(vocab_size=300, tie_word_embeddings=True), torch.bfloat16)
+    make(made, tmp_path / "hf")
+    run = tmp_path / "run"
+    assert (
+        cli.main(["convert", "import", str(tmp_path / "hf"), str(run), "--tokenizer", "byte", "--no-verify"])
+        == 0
+    )
+    assert len(list(run.rglob("*.safetensors"))) > 1
+    model = from_yaml((run / "config.yaml").read_text()).model
+    keys = {k: v for k, v in vars(model).items() if isinstance(v, (bool, int, float))}
+    same = [f"model.{key}={str(value).lower()}" for key, value in keys.items()]
+    corpus = write_corpus(tmp_path / "corpus")
+    short = ("trainer.train_iters=3", "data.valid_fraction=0", "parallel.tsp=2")
+    train_on_ranks(2, overrides(corpus, tmp_path, "name=run", *same, *short))
+    assert cli.main(["convert", "export", str(run), str(tmp_path / "out")]) == 0
+    assert "the same" in capsys.readouterr().out
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "out"))
+    assert before.keys() == after.keys()
+    assert all(after[name].dtype == torch.bfloat16 for name in before)
+    assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_text() == (tmp_path / "out" / name).read_text()
 
 
 def test_a_check_that_fails(run, hf, tmp_path, capsys, monkeypatch):
