@@ -128,7 +128,7 @@ def _generate(arguments: list[str]) -> int:
     from megatsp.training.generate import main as generate
 
     settings = given.prompt, given.tokens, given.temperature, given.seed
-    generate(given.run_folder, *settings, which=given.checkpoint)
+    generate(given.run_folder, given.checkpoint, *settings)
     return 0
 
 

@@ -26,7 +26,7 @@ def open_source(name: str) -> "HFCheckpoint":
         )
     from megatsp.hf.checkpoint import open_checkpoint
 
-    return open_checkpoint(name)
+    return open_checkpoint(name, hashes=False)  # a new run reads all files once, on one rank
 
 
 def model_before_overrides(source: ModelConfig, asked: ModelConfig) -> ModelConfig:

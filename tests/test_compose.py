@@ -1,14 +1,16 @@
 """Groups and overrides become the typed configuration; every mistake names what was meant."""
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from megatsp.compose import compose, config_dir, from_yaml, group_choices, key_paths, to_yaml
-from megatsp.schema import Config, ParallelConfig
+from megatsp.schema import Config, ModelConfig, ParallelConfig, RotaryScaling
 from megatsp.validate import validate
+
+SFT_EXPERIMENTS = ("sft_example", "lora_example", "sft_qwen3_8b_128k", "lora_qwen3_8b_32k")
 
 
 def error(*overrides: str, user_dir: Path | None = None) -> str:
@@ -145,10 +147,64 @@ def test_nothing_is_written_and_the_folder_stays(tmp_path, monkeypatch):
     assert Path.cwd() == tmp_path and os.listdir(tmp_path) == []
 
 
+@dataclass(frozen=True)
+class Source:
+    """What compose asks of a Hugging Face checkpoint."""
+
+    model: ModelConfig
+    folder: str = "theirs"
+
+
+@pytest.fixture
+def qwen3_8b(monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """The keys of Qwen3-8B, whatever finetune.hf names."""
+    model = ModelConfig(
+        num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32, num_query_groups=8,
+        kv_channels=128, vocab_size=151936, rotary_base=1e6, norm_epsilon=1e-6, qk_layernorm=True,
+        untie_embeddings_and_output_weights=True, max_position_embeddings=40960,
+    )  # fmt: skip
+    monkeypatch.setattr("megatsp.hf.checkpoint.open_checkpoint", lambda name, hashes: Source(model))
+    return model
+
+
+def test_sft_takes_the_model_of_its_checkpoint(qwen3_8b):
+    def sft(*overrides: str) -> Config:
+        return compose(["finetune.hf=theirs", *overrides], primary="sft")
+
+    config = sft("data.path=chats")
+    assert config.model == qwen3_8b and config.data.tokenizer == "theirs" and config.optimizer.lr == 1e-5
+    assert sft("data=ultrachat").data.path == ["outputs/data/ultrachat/train_chat_document"]
+    assert sft("finetune=lora").finetune.lora_rank == 16 and sft("finetune=lora").optimizer.lr == 2e-4
+    assert sft("name=h${model.hidden_size}").name == "h4096"
+    assert sft("model.hidden_size=4096").model == qwen3_8b  # the same is no change
+    # A longer context: what is said by name, and what follows from it.
+    scaled = sft("trainer.seq_length=81920", "model.rotary_scaling={type: yarn, factor: 2}").model
+    assert scaled.max_position_embeddings == 81920
+    assert scaled.rotary_scaling == RotaryScaling("yarn", 2.0, original_max_position_embeddings=40960)
+    assert sft("trainer.seq_length=81920", "model.rotary_base=4e6").model.max_position_embeddings == 81920
+    named = sft("trainer.seq_length=81920", "model.max_position_embeddings=100000").model
+    assert named == replace(qwen3_8b, max_position_embeddings=100000)
+    assert sft("model.rotary_base=4e6").model == replace(qwen3_8b, rotary_base=4e6)
+
+
+@pytest.mark.parametrize("name", SFT_EXPERIMENTS)
+def test_experiments_of_sft_are_valid(qwen3_8b, name):
+    config = compose([f"experiment={name}", "data.path=chats"], primary="sft")
+    filled = validate(config, config.launch.nproc)
+    assert from_yaml(to_yaml(filled)) == filled and config.finetune.hf
+    if name == "sft_qwen3_8b_128k":
+        rotary = config.model.rotary_scaling
+        assert (rotary.type, rotary.factor, rotary.original_max_position_embeddings) == ("yarn", 4.0, 32768)
+        assert config.model.max_position_embeddings == config.trainer.seq_length == 131072
+
+
 def test_every_choice_of_every_group_is_valid():
+    assert "finetune" not in group_choices() and "model" not in group_choices(primary="sft")
     for group, names in group_choices().items():
         assert names, group
         for name in names:
+            if name in SFT_EXPERIMENTS:
+                continue
             config = compose([f"{group}={name}", "trainer.global_batch_size=64"])
             filled = validate(config, 2 if group == "parallel" else config.launch.nproc)
             assert from_yaml(to_yaml(filled)) == filled

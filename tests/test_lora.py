@@ -115,13 +115,14 @@ TINY = dict(hidden_size=20, num_attention_heads=4, kv_channels=4, ffn_hidden_siz
 def test_in_products_that_bring_weights_and_on_triton():
     fused = dict(overlap="fused", attention_buckets=2, mlp_buckets=3, **TINY)
     found = [
-        case(2, "full", add_qkv_bias=True, **fused),
-        triton(2, "selective", qk_layernorm=True, vocab_size=37, ffn_hidden_size=21, tsp_layout="owner"),
+        replace(case(2, "full", add_qkv_bias=True, **fused), samples=1, length=16),
+        replace(triton(2, "selective", qk_layernorm=True, **TINY | dict(kv_channels=8)), length=16),
     ]
     check([(case_, Low()) for case_ in found], 2, fp32_bound)
 
 
-SETTINGS = OptimizerConfig(lr=0.01, weight_decay=0.3, clip_grad=0.05)
+# An epsilon beside which no gradient is noise: a step would be of full size whatever its sign.
+SETTINGS = OptimizerConfig(lr=0.01, weight_decay=0.3, adam_eps=1e-4, clip_grad=0.5)
 State = dict[str, Tensor]
 
 
@@ -244,8 +245,9 @@ def with_adapters(job: Job) -> tuple[Counted, Counted]:
 def test_no_gradient_of_a_weight_travels(tsp, dtype):
     found = [
         (case(tsp, recompute, dtype, tsp_layout=layout, mlp_buckets=2 * tsp, **EVEN), Low(4, targets=targets))
-        for layout, recompute in product(("hidden", "owner"), RECOMPUTE)
-        for targets in (MATRICES, ("q_proj", "down_proj"))
+        for (layout, targets), recompute in product(
+            (("hidden", MATRICES), ("owner", ("q_proj", "down_proj"))), ("selective", "full")
+        )
     ]
     for counts in run_distributed(rank_counts, tsp, found):
         for job, of_job in zip(found, counts, strict=True):

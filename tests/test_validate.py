@@ -63,6 +63,28 @@ YARN = {"model__rotary_scaling__type": "yarn", "model__rotary_scaling__factor": 
         ({"data__path": ["a", "0.5"]}, "data.path=[a,0.5]: give sources alone, or weight and source in turn"),
         ({"data__valid_path": ["0", "a"]}, "every weight must be above 0"),
         ({"data__path": []}, "data.path is empty: give a path"),
+        (
+            {"data__path": ["0.5", "a.jsonl", "0.5", "b"]},
+            "data.path=a.jsonl is text, not tokens: first run `megatsp preprocess --tokenizer byte "
+            "--append-eod --input a.jsonl --output-prefix a`, then give a_text_document",
+        ),
+        ({"finetune__lora_rank": 2, "finetune__lora_targets": []}, "name each matrix with adapters once"),
+        (
+            {"finetune__lora_rank": 2, "finetune__lora_targets": ["q"]},
+            "finetune.lora_targets: q; choose of q_proj",
+        ),
+        (
+            {"finetune__lora_merge": True},
+            "finetune.lora_merge: only adapters have it; set",
+        ),
+        ({"finetune__lora_alpha": 2.0}, "finetune.lora_alpha: only adapters have it"),
+        ({"finetune__lora_rank": 2, "finetune__export_dtype": "bf16"}, "adapters alone are fp32"),
+        ({"finetune__export": "none", "finetune__export_dtype": "bf16"}, "export=none: nothing is exported"),
+        (
+            {"finetune__early_stopping": 1, "data__valid_fraction": 0.0},
+            "finetune.early_stopping=1: set finetune.early_stopping=0, or data.valid_fraction",
+        ),
+        ({"finetune__early_stopping": 1, "trainer__eval_interval": 0}, "or trainer.eval_interval"),
         ({"parallel__tsp_layout": "owners"}, "choose one of hidden, owner; did you mean owner?"),
         ({"trainer__dtype": "fp8"}, "trainer.dtype=fp8: choose one of fp32, bf16"),
         ({"parallel__pp": 2}, "parallel.pp=2: only 1 in this version; shard with parallel.tsp"),

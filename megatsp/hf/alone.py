@@ -38,11 +38,14 @@ def logits_alone(source: TensorSource, model: ModelConfig, ids: Tensor, device: 
         gpt = GPT(model)
     gpt.requires_grad_(False)
     attach_streams(gpt, config, axes, fake=False)
-    stream(gpt.model.embed_tokens, "model.embed_tokens", source, device, torch.float32)
+    embedding = "model.embed_tokens.weight"
+    # The rows that are needed, not the whole embedding.
+    rows = torch.nn.functional.embedding(ids, source.read(embedding)).to(device, torch.float32)
+    gpt.model.embed_tokens.lookup = lambda ids, weight: rows
     for index in range(model.num_layers):
         stream(gpt.layer(index), f"model.layers.{index}", source, device, torch.float32)
     x = gpt(ids.to(device))
     own = "lm_head.weight"
     gain = source.read("model.norm.weight").to(device, torch.float32, copy=True)
-    head = source.read(own if own in source.shapes else "model.embed_tokens.weight")
+    head = source.read(own if own in source.shapes else embedding)
     return output_logits(x, gain, head, model.norm_epsilon)

@@ -83,7 +83,7 @@ def export_source(
     about["torch_dtype" if "torch_dtype" in about else "dtype"] = LONG[most]
     num_bytes = sum(tensor_bytes(shape, dtypes[name]) for name, shape in source.shapes.items())
     with whole_folder(output, force, num_bytes) as folder:
-        write_weights_as_transformers(folder, source, dtypes, max_shard_bytes)
+        hashed = _write_weights(folder, source, dtypes, max_shard_bytes)
         _write_json(folder / "config.json", about)
         if "generation_config.json" in kept.files:
             (folder / "generation_config.json").write_bytes(kept.files["generation_config.json"])
@@ -98,8 +98,9 @@ def export_source(
             rounded = Rounded(source, dtypes)
             report = verify_alone(rounded, model, HFSource(written), written.config, device)
             (folder / VERIFICATION).write_text(report.to_json())
-        listed = hashes(sorted(path for path in folder.iterdir() if path.is_file()))
-        lines = [f"{found}  {path.name}\n" for path, found in listed.items()]
+        others = hashes(path for path in folder.iterdir() if path.name not in hashed)
+        hashed |= {path.name: found for path, found in others.items()}
+        lines = [f"{hashed[name]}  {name}\n" for name in sorted(hashed)]
         (folder / MANIFEST).write_text("".join(lines))
     return report
 
@@ -129,18 +130,21 @@ def _dtypes(source: TensorSource, dtype: str, kept: Kept) -> dict[str, str]:
     return {name: _HEADERS[kept.exceptions.get(name, default)] for name in source.shapes}
 
 
-def write_weights_as_transformers(
+def _write_weights(
     folder: Path, source: TensorSource, dtypes: Mapping[str, str], max_shard_bytes: int
-) -> None:
-    """model.safetensors, or files of at most so many bytes and their index."""
+) -> dict[str, str]:
+    """model.safetensors, or files of at most so many bytes and their index; returns the files' SHA-256."""
 
     def name_of(number: int, count: int) -> str:
         return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
-    where = write_weights(folder, source, dtypes, max_shard_bytes, name_of, {"format": "pt"})
+    where, hashed = write_weights(
+        folder, source, dtypes, max_shard_bytes, name_of, {"format": "pt"}, hashing=True
+    )
     if len(set(where.values())) > 1:
         total = sum(tensor_bytes(source.shapes[name], dtypes[name]) for name in where)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    return hashed
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

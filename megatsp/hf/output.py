@@ -94,8 +94,10 @@ def write_weights(
     max_bytes: int,
     name_of: Callable[[int, int], str],
     metadata: Mapping[str, str],
-) -> dict[str, str]:
-    """Writes all tensors of `source`, one at a time; returns each one's file.
+    hashing: bool = False,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Writes all tensors of `source`, one at a time; returns each one's file and, with `hashing`, each file's
+    SHA-256.
 
     dtypes: to write them in, as in the header. name_of: a file's name, by its number from 1 and their count.
 
@@ -106,16 +108,19 @@ def write_weights(
     total = sum(tensor_bytes(shape, dtypes[name]) for name, shape in source.shapes.items())
     quiet = total < _QUIET_BYTES or not sys.stderr.isatty()
     where: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing weights", disable=quiet) as bar:
         for number, names in enumerate(files, 1):
             path = folder / name_of(number, len(files))
             shapes = {name: source.shapes[name] for name in names}
-            with TensorWriter(path, shapes, dtypes, metadata) as file:
+            with TensorWriter(path, shapes, dtypes, metadata, hashing) as file:
                 for name in names:
                     file.write(name, cast(source.read(name), dtypes[name], name))
                     bar.update(tensor_bytes(shapes[name], dtypes[name]))
             where |= dict.fromkeys(names, path.name)
-    return where
+            if hashing:
+                hashes[path.name] = file.sha256
+    return where, hashes
 
 
 def cast(tensor: Tensor, dtype: str, name: str) -> Tensor:

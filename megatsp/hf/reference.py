@@ -15,7 +15,7 @@ from megatsp.hf.streaming import stream
 class Reference:
     """The class of transformers that a config.json names, on weights read from `source` as it computes.
 
-    Its memory is that of one layer, or of the embedding. No code but transformers' own is run.
+    Its memory is that of one layer. No code but transformers' own is run.
     """
 
     def __init__(self, config: Mapping[str, Any], source: TensorSource, device: torch.device) -> None:
@@ -40,11 +40,12 @@ class Reference:
     def logits(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Logits of `ids`, int64 [B, T], computed in `dtype`: fp32 [B, T, V]."""
         decoder, source, device = self._build(), self._source, self._device
-        stream(decoder.embed_tokens, "model.embed_tokens", source, device, dtype)
         for index, layer in enumerate(decoder.layers):
             stream(layer, f"model.layers.{index}", source, device, dtype)
         stream(decoder.norm, "model.norm", source, device, dtype)
-        x = decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        # The rows that are needed, not the whole embedding.
+        rows = nn.functional.embedding(ids, source.read("model.embed_tokens.weight")).to(device, dtype)
+        x = decoder(inputs_embeds=rows, use_cache=False).last_hidden_state
         own = "lm_head.weight"
         head = source.read(own if own in source.shapes else "model.embed_tokens.weight")
         blocks = (rows.to(device, dtype) for rows in head.split(ROWS))

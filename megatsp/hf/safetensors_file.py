@@ -6,11 +6,13 @@ tensor) and the tensors' bytes, one after another.
 Source: https://github.com/huggingface/safetensors#format
 """
 
+import hashlib
 import json
 import math
 import mmap
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ _WIDTHS = {
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8,
 }  # fmt: skip
 _LONGEST_HEADER = 100_000_000
+_SYNC_BYTES = 1 << 28  # written between two calls that bring them to the disk
 _FIX = "download or copy it again"
 
 Box = tuple[slice, ...]
@@ -128,8 +131,12 @@ class TensorFile:
 class TensorWriter:
     """Writes one file, a tensor at a time, in the order of `shapes`; use it as a context manager.
 
+    Meanwhile threads bring what is written to the disk and, with `hashing`, hash it: `sha256` afterwards.
+
     dtypes: by name, as in the header (F32, BF16, F16).
     """
+
+    sha256: str
 
     def __init__(
         self,
@@ -137,6 +144,7 @@ class TensorWriter:
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, str],
         metadata: Mapping[str, str],
+        hashing: bool = False,
     ) -> None:
         self._left = dict(shapes)
         self._dtypes = dtypes
@@ -148,8 +156,13 @@ class TensorWriter:
             place = stop
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file = path.open("wb", buffering=0)
+        self._hash = hashlib.sha256() if hashing else None
+        self._hasher, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._hashed: Future[None] | None = None
+        self._synced: Future[None] | None = None
+        self._unsynced_bytes = 0
+        self._put(len(text).to_bytes(8, "little") + text)
 
     def __enter__(self) -> "TensorWriter":
         return self
@@ -160,11 +173,30 @@ class TensorWriter:
         assert name == expected and tuple(tensor.shape) == self._left.pop(name), (name, tensor.shape)
         stored = tensor.detach().to("cpu", DTYPES[self._dtypes[name]]).contiguous()
         if stored.numel():
-            self._file.write(stored.view(-1).view(torch.uint8).numpy().data)
+            self._put(stored.view(-1).view(torch.uint8).numpy().data)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        if self._hashed is not None:
+            self._hashed.result()  # one tensor waits to be hashed, not all of them
+        if self._hash is not None:
+            self._hashed = self._hasher.submit(self._hash.update, data)
+        written = 0
+        while written < len(data):  # a single call writes 2 GiB at most
+            written += self._file.write(data[written:])
+        self._unsynced_bytes += len(data)
+        if self._unsynced_bytes >= _SYNC_BYTES and (self._synced is None or self._synced.done()):
+            self._synced = self._syncer.submit(os.fdatasync, self._file.fileno())
+            self._unsynced_bytes = 0
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._hasher.shutdown()
+        self._syncer.shutdown()
         with self._file:
             if kind is None:
                 assert not self._left, list(self._left)
-                self._file.flush()
+                for future in (self._hashed, self._synced):
+                    if future is not None:
+                        future.result()
                 os.fsync(self._file.fileno())
+                if self._hash is not None:
+                    self.sha256 = self._hash.hexdigest()

@@ -93,7 +93,7 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
     with torch.device("meta"):
         gpt = GPT(config.model)
         add_adapters(gpt, config.finetune)
-    shard(gpt, config, axes)
+    shard(gpt, config.parallel, axes, DTYPES[config.trainer.dtype])
     if axes.has_fsdp:
         _apply_fsdp(gpt, DTYPES[config.trainer.dtype], axes)
     with fake or nullcontext():
@@ -120,16 +120,18 @@ def _check_attention(config: Config, device: torch.device) -> None:
         )
 
 
-def shard(gpt: GPT, config: Config, axes: Axes) -> None:
-    """Replaces every parameter by a DTensor on the axis that cuts weights (still without data)."""
+def shard(gpt: GPT, parallel: ParallelConfig, axes: Axes, frozen: torch.dtype = torch.float32) -> None:
+    """Replaces every parameter by a DTensor on the axis that cuts weights (still without data).
+
+    frozen: the type of those that are not trained; the others are fp32.
+    """
     for name, parameter in list(gpt.named_parameters()):
         module_name, _, kind = name.rpartition(".")
         trained = parameter.requires_grad
-        dtype = torch.float32 if trained else DTYPES[config.trainer.dtype]
         sharded = distribute_tensor(
-            parameter.data.to(dtype),
+            parameter.data.to(torch.float32 if trained else frozen),
             axes.weights["model"],
-            [placement(name, config.parallel)],
+            [placement(name, parallel)],
             src_data_rank=None,
         )
         setattr(gpt.get_submodule(module_name), kind, nn.Parameter(sharded, trained))

@@ -24,9 +24,7 @@ from megatsp.tsp.partition import local_positions, take_local
 from megatsp.validate import validate
 
 
-def main(
-    run_folder: Path, prompt: str, tokens: int, temperature: float, seed: int, which: str = "last"
-) -> None:
+def main(run_folder: Path, which: str, prompt: str, tokens: int, temperature: float, seed: int) -> None:
     """Prints the prompt and its continuation by a checkpoint of the run; on all ranks of a tsp group.
 
     which: last, best or an iteration. Adapters are added to the checkpoint that they tune.

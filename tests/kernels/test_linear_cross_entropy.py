@@ -179,6 +179,8 @@ def test_backward_step_makes_what_is_not_given(transposed):
     )
     for mine, same in ((dx, again[0]), (dw, again[1]), (dx, wide[0]), (dw, wide[1].half())):
         assert torch.equal(mine, same)
+    alone, none = cross_entropy_backward_step(x, w, targets, 0, lse, a, b, need_dw=False)
+    assert torch.equal(alone, dx) and none is None
     assert torch.equal(lse, forward(x, w, targets, [0, V])[0])
 
 
@@ -312,6 +314,8 @@ def test_what_the_others_do_not_take_is_refused():
         cross_entropy_backward_step(*bucket, dw=torch.zeros(6).expand(4, 6))
     with pytest.raises(ValueError, match="workspace_bytes=8 holds no column of 3 rows; give at least 12"):
         cross_entropy_backward_step(*bucket, workspace_bytes=8)
+    with pytest.raises(ValueError, match="dw is given, but need_dw=False"):
+        cross_entropy_backward_step(*bucket, dw=torch.zeros(4, 6), need_dw=False)
     with pytest.raises(ValueError, match="num_buckets=7; it is from 1 to the vocabulary's 6 rows"):
         linear_cross_entropy(x, weight, targets, num_buckets=7)
     with pytest.raises(ValueError, match=r"weight must be \[V, h\]; got float32 \(6,\)"):

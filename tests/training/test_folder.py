@@ -61,6 +61,10 @@ def test_what_a_resumed_run_may_change(config):
         ("optimizer", "name", "apex_fused_adam", "optimizer.name: 'adamw' there"),
         ("trainer", "seq_length", 512, "trainer.seq_length: 256 there, 512 now"),
         ("trainer", "seed", 1, "trainer.seed: 1234 there, 1 now"),
+        ("finetune", "lora_rank", 8, "finetune.lora_rank: 0 there, 8 now"),
+        ("finetune", "lora_alpha", 8.0, "finetune.lora_alpha: 16.0 there, 8.0 now"),
+        ("finetune", "lora_targets", ["q_proj"], "finetune.lora_targets: ['q_proj', 'k_proj'"),
+        ("finetune", "hf", "theirs", "finetune.hf: '' there, 'theirs' now"),
     ],
 )
 def test_another_run_is_refused(config, group, key, value, message):
@@ -72,9 +76,21 @@ def test_another_run_is_refused(config, group, key, value, message):
     assert files(folder) == before
 
 
+def test_an_import_becomes_any_run_of_its_model(config):
+    folder = make_run(config, 20)
+    (folder / "checkpoints" / "iter_0000020").rename(folder / "checkpoints" / "iter_0000000")
+    (folder / "checkpoints" / LATEST).write_text("0\n")
+    changed = replace(config, trainer=replace(config.trainer, seed=7, seq_length=64))
+    assert find_checkpoint(changed) == folder / "checkpoints" / "iter_0000000"
+    with pytest.raises(ValueError, match="model.num_layers: 4 there, 5 now"):
+        find_checkpoint(replace(config, model=replace(config.model, num_layers=5)))
+
+
 def test_a_run_without_a_checkpoint_is_refused(config):
     folder = make_run(config)
     assert find_checkpoint(config) is None  # it did not come to its first log line
+    (folder / "metrics.jsonl").write_text('{"iteration": 0, "val/lm loss": 5.0}\n')
+    assert find_checkpoint(config) is None  # nor to its first step
     (folder / "metrics.jsonl").write_text('{"iteration": 10}\n')
     with pytest.raises(ValueError, match="has no checkpoint to resume from: choose another name="):
         find_checkpoint(config)

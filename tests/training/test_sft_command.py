@@ -24,8 +24,8 @@ def finished(*arguments: str) -> str:
 
 
 def test_the_command_tunes_gives_back_and_generates(folder):
-    more = ["finetune=lora", "finetune.lora_rank=4", "trainer.train_iters=2", "launch.nproc=2"]
-    out = finished("sft", *settings(folder, *more, "trainer.eval_interval=1", "optimizer.lr=0.05"))
+    more = ["finetune=lora", "finetune.lora_rank=4", "trainer.train_iters=2", "launch.nproc=2", "name=run"]
+    out = finished("sft", *settings(folder, *more, "trainer.eval_interval=1", "scheduler.lr_warmup_iters=0"))
     assert f"tunes {folder}/hf: adapters of rank 4 on q_proj" in out
     assert "verified: logits against transformers (fp32, 128 tokens): the same" in out
     assert f"exported:   {folder}/run/adapter, from iter_0000002" in out
@@ -82,4 +82,4 @@ def test_help_and_dry_run(folder, capsys):
     count = 2 * 3 * ((32 + 32) + (32 + 16))
     assert f"tunes            {folder}/hf\n" in text and "num_layers: 2" in text
     assert f"trained          {count:,} in adapters of rank 3 on q_proj, k_proj" in text
-    assert f"gives back       the best checkpoint, as {folder}/run/adapter (PEFT)\n" in text
+    assert f"gives back       the best checkpoint, as {folder}/sft/adapter (PEFT)\n" in text

@@ -22,7 +22,7 @@ from megatsp.training.generate import next_token_logits
 from megatsp.training.give_back import give_back
 from megatsp.training.logs import read_metrics
 
-EVERY_TWO = ["trainer.eval_interval=2", "trainer.train_iters=8", "parallel.tsp=2", "optimizer.lr=0.02"]
+EVERY_TWO = ["trainer.eval_interval=2", "trainer.train_iters=6", "parallel.tsp=2", "optimizer.lr=0.02"]
 IDS = torch.randint(3, 356, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
@@ -63,11 +63,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def configs(folder: Path) -> dict[str, Config]:
     lora = ["finetune=lora", "finetune.lora_rank=4", "finetune.lora_targets=[q_proj,down_proj]"]
+    diverges = ["optimizer.lr=1", "finetune.early_stopping=2", "trainer.train_iters=8"]
     extended = ["model.rotary_scaling.type=yarn", "model.rotary_scaling.factor=2", "trainer.seq_length=256"]
     return {
         "whole": tuning(folder, *EVERY_TWO, "name=whole"),
         "parts": tuning(folder, *EVERY_TWO, "name=parts"),
-        "stopped": tuning(folder, *EVERY_TWO, "optimizer.lr=1", "finetune.early_stopping=2", "name=stopped"),
+        "stopped": tuning(folder, *EVERY_TWO, *diverges, "name=stopped"),
         "extended": tuning(folder, *EVERY_TWO, *extended, "trainer.train_iters=3", "name=extended"),
         "adapters": tuning(folder, *EVERY_TWO, *lora, "trainer.train_iters=4", "name=adapters"),
         "adapters in parts": tuning(folder, *EVERY_TWO, *lora, "trainer.train_iters=4", "name=adapters2"),
@@ -78,8 +79,9 @@ def configs(folder: Path) -> dict[str, Config]:
 def runs(configs: dict[str, Config]) -> dict[str, dict[str, Any]]:
     """All runs on one start of two ranks."""
     jobs = {
-        "whole": ("whole", 99), "interrupted": ("parts", 3), "parts": ("parts", 99), "stopped": ("stopped", 99),
-        "stopped again": ("stopped", 99), "extended": ("extended", 99), "adapters": ("adapters", 99),
+        "whole": ("whole", 99), "interrupted": ("parts", 3), "parts": ("parts", 99),
+        "stopped": ("stopped", 99), "stopped again": ("stopped", 99), "extended": ("extended", 99),
+        "adapters": ("adapters", 99),
         "adapters interrupted": ("adapters in parts", 1), "adapters in parts": ("adapters in parts", 99),
     }  # fmt: skip
     results = run_distributed(run_all, 2, [(configs[name], steps) for name, steps in jobs.values()])[0]
@@ -93,17 +95,17 @@ def validation(folder: Path, name: str) -> dict[int, float]:
 
 def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(runs, folder):
     losses = validation(folder, "whole")
-    assert list(losses) == [0, 2, 4, 6, 8]  # from the first weights on
+    assert list(losses) == [0, 2, 4, 6]  # from the first weights on
     best = min((loss, iteration) for iteration, loss in losses.items() if iteration)
     state = runs["whole"]["state"]
     assert runs["whole"]["ended"] and (state.best_loss, state.best_iteration) == best
     checkpoints = folder / "whole" / "checkpoints"
     assert checkpoint.best(checkpoints) == folder_of(checkpoints, state.best_iteration)
     assert checkpoint.chosen(checkpoints, "best") == checkpoint.best(checkpoints)
-    assert checkpoint.latest(checkpoints) == folder_of(checkpoints, 8)
+    assert checkpoint.latest(checkpoints) == folder_of(checkpoints, 6)
     lowest = [i for i in losses if i and all(losses[i] < losses[j] for j in losses if 0 < j < i)]
-    saved = {folder_of(checkpoints, i) for i in [*lowest, 8]}
-    assert {*checkpoints.glob("iter_*")} == saved and len(saved) < 5
+    saved = {folder_of(checkpoints, i) for i in [*lowest, 6]}
+    assert {*checkpoints.glob("iter_*")} == saved and len(saved) < 4
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(runs, folder):
@@ -112,7 +114,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(runs, folder):
         assert torch.equal(tensor, runs["parts"]["all"][name]), name
     assert validation(folder, "parts") == validation(folder, "whole")
     saved = [folder / name / "checkpoints" for name in ("whole", "parts")]
-    whole, parts = (read_state(folder_of(checkpoints, 8)) for checkpoints in saved)
+    whole, parts = (read_state(folder_of(checkpoints, 6)) for checkpoints in saved)
     assert replace(whole, wandb_run_id="") == replace(parts, wandb_run_id="")
     assert (saved[0] / BEST).read_text() == (saved[1] / BEST).read_text() == f"{whole.best_iteration}\n"
 
@@ -131,6 +133,7 @@ def test_only_adapters_are_trained_and_saved_and_a_resumed_run_is_the_same(runs,
     assert all(torch.equal(before[name], whole["all"][name]) for name in before)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's of transformers
 def test_adapters_are_given_back_as_peft_and_merged(runs, configs, folder):
     config = configs["adapters"]
     config = replace(config, finetune=replace(config.finetune, export="last", lora_merge=True))
@@ -189,7 +192,7 @@ def test_what_is_given_back_is_what_was_tuned(runs, configs, folder, capsys):
 def test_a_run_says_what_it_began_with(runs, folder):
     report = json.loads((folder / "whole" / "verification.json").read_text())
     assert report["passed"] and report["dtype"] == "fp32"
-    kept = folder_of(folder / "whole" / "checkpoints", 8) / "hf" / "config.json"
+    kept = folder_of(folder / "whole" / "checkpoints", 6) / "hf" / "config.json"
     assert kept.read_bytes() == (folder / "hf" / "config.json").read_bytes()
     assert runs["whole"]["state"].base_fingerprint
 
