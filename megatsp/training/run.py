@@ -101,7 +101,7 @@ class Training:
         self.is_first = dist.get_rank() == 0
 
     def run(self, interrupted: list[int]) -> bool:
-        """Trains to the end, or to the step in which some rank was interrupted; returns whether it is whole."""
+        """Trains to the end, or to the step in which a rank was interrupted; returns whether it is whole."""
         if self.ended:
             if self.is_first:
                 print(f"{self.folder} {self._why_ended()}")
@@ -112,7 +112,7 @@ class Training:
         self.gpt.engine.close()
         if self.is_first:
             self._sum_up()
-        return self.ended and not interrupted
+        return not interrupted and self.ended
 
     @property
     def ended(self) -> bool:
