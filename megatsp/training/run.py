@@ -102,7 +102,7 @@ class Training:
         self.is_first = dist.get_rank() == 0
 
     def run(self, interrupted: list[int]) -> bool:
-        """Trains to the end, or to the step in which some rank was interrupted; returns whether it ended."""
+        """Trains to the end, or to the step in which a rank was interrupted; returns whether it is whole."""
         if self.ended:
             if self.is_first:
                 print(f"{self.folder} {self._why_ended()}")
@@ -113,7 +113,7 @@ class Training:
         self.gpt.engine.close()
         if self.is_first:
             self._sum_up()
-        return self.ended
+        return not interrupted and self.ended
 
     @property
     def ended(self) -> bool:
@@ -158,14 +158,14 @@ class Training:
                 if is_best or self._is_due(self.config.checkpoint.save_interval) or result.interrupted:
                     reporter.say(f" saved {self.save()}")
                 interval.restart()
-                if self.ended:
-                    if iteration < settings.train_iters:
-                        reporter.say(f" {self._why_ended()}")
-                    break
                 if result.interrupted:
                     reporter.say(
                         f" interrupted: stopped after iteration {iteration}; the same command resumes"
                     )
+                    break
+                if self.ended:
+                    if iteration < settings.train_iters:
+                        reporter.say(f" {self._why_ended()}")
                     break
         finally:
             loader.close()

@@ -115,7 +115,8 @@ def test_the_folder_is_complete_and_plain(saved):
     assert state.pop("tokenizer_fingerprint") == ByteTokenizer().fingerprint
     counts = {"iteration": 2, "consumed_samples": 8, "consumed_tokens": 256}
     assert len(state.pop("data_key")) == 64
-    assert state == {**counts, "wandb_run_id": "", "tokenizer": "byte"}
+    of_tuning = {"base_fingerprint": "", "best_loss": 0, "best_iteration": 0, "evaluations_without_gain": 0}
+    assert state == {**counts, **of_tuning, "wandb_run_id": "", "tokenizer": "byte"}
 
 
 @pytest.mark.parametrize(
