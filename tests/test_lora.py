@@ -11,12 +11,14 @@ from distributed import run_distributed
 from lora import Job, Low, adapted, build, check, config, fp32_bound, twice_dense_bound, weights
 from lora import loss_and_gradients as run_step
 from parity import MODEL, OLMO2, YARN, Case, batch, case, relative_error
+from runs import full_state, overrides, start_training, write_corpus
 from test_kernels import triton
 from test_traffic import EVEN, Counted, expected, times
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatsp.axes import Axes
+from megatsp.compose import compose
 from megatsp.model.gpt import adapter_shapes, count_parameters
 from megatsp.model.init import initial_slice
 from megatsp.model.parallelize import DTYPES, build_model
@@ -174,6 +176,27 @@ def test_steps_are_torchs_and_move_adapters_alone():
                 old = weights(MODEL, Low())[name]
                 assert relative_error(state[name] - old, p.detach() - old) < 1e-4, name
     assert in_bf16 == pytest.approx(norms, rel=0.05)
+
+
+def rank_resume(configs: list[Config]) -> list[State]:
+    """On a rank: what the first run ends with, and what the others find in its folder."""
+    training = start_training(configs[0])
+    training.run([])
+    return [full_state(training), *(full_state(start_training(other)) for other in configs[1:])]
+
+
+def test_a_run_is_resumed_on_another_mesh(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    meshes = ["parallel.tsp=2"], ["parallel.tp=2"], ["parallel.tsp=2", "parallel.tsp_layout=owner"], []
+    short = ["trainer.train_iters=2", "scheduler.lr_warmup_iters=1", "trainer.eval_iters=1"]
+    configs = [compose(overrides(tmp_path / "corpus", tmp_path, "finetune.lora_rank=3", *short, *mesh))
+               for mesh in meshes]  # fmt: skip
+    first, *others = run_distributed(rank_resume, 2, configs)[0]
+    moments = [tensor for name, tensor in first.items() if name.startswith("optimizer.")]
+    assert len(moments) == 2 * 2 * 2 * len(MATRICES) and all(moment.any() for moment in moments)
+    for state in others:
+        assert state.keys() == first.keys()
+        assert not [name for name, tensor in state.items() if not torch.equal(tensor, first[name])]
 
 
 def rank_first(found: list[tuple[Case, int]]) -> list[State]:

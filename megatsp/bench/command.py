@@ -167,7 +167,8 @@ def _check_rank(cases: Sequence[Case], settings: Settings) -> None:
 def make_row(case: Case, settings: Settings) -> Row:
     """The row of a case, without measurements yet; raises as `bench`."""
     refused = case.refused or _refused_by_machine(case, settings)
-    flops = flops_per_token(case.config.model, case.config.trainer.seq_length)
+    config = case.config
+    flops = flops_per_token(config.model, config.trainer.seq_length, config.finetune)
     return Row(case.point, case.world_size, case.scheme.label, asdict(case.config), flops, refused)
 
 

@@ -63,7 +63,8 @@ class LiveBytes(TorchDispatchMode):
         """Holds parameters as weights, and their gradients as such from when autograd has stored them."""
         for parameter in model.parameters():
             self.hold("weights", [parameter])
-            parameter.register_post_accumulate_grad_hook(self._hold_gradient)
+            if parameter.requires_grad:  # not frozen beside adapters
+                parameter.register_post_accumulate_grad_hook(self._hold_gradient)
 
     def start_again(self) -> None:
         """Forgets the peak so far, and what has moved."""

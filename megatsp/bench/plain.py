@@ -28,6 +28,8 @@ class DenseStep:
     def __init__(
         self, config: Config, device: torch.device, make: Callable[[Config], tuple[nn.Module, Loss]]
     ) -> None:
+        if config.finetune.lora_rank:
+            raise ValueError("a whole model has no adapters here: use finetune.lora_rank=0")
         ours = TrainStep(config, device)
         self.config, self.batches, self.device = config, ours.batches, device
         self.model, self._loss = make(config)
