@@ -116,7 +116,10 @@ def _verify(given: Any) -> None:
     model = checkpoint.model
     if given.run is not None:
         folder = checkpoint_of(given.run)
-        model = from_yaml((folder / "config.yaml").read_text()).model
+        config = from_yaml((folder / "config.yaml").read_text())
+        if config.finetune.lora_rank:
+            raise ValueError(f"{folder} holds adapters alone: megatsp convert export --merge checks them")
+        model = config.model
         ours = CheckpointSource(folder, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(verify_alone(ours, model, HFSource(checkpoint), checkpoint.config, device), flush=True)

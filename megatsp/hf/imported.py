@@ -37,8 +37,8 @@ def import_run(
             f"{name} has no tokenizer.json and no tokenizer.model: copy them there, or name another "
             "tokenizer with --tokenizer"
         )
-    spec = tokenizer or str(checkpoint.folder)
-    found = load_tokenizer(spec)
+    spec = tokenizer or str(checkpoint.folder.absolute() if Path(name).expanduser().is_dir() else name)
+    found = load_tokenizer(tokenizer or str(checkpoint.folder))
     if found.vocab_size > checkpoint.model.vocab_size:
         raise ValueError(
             f"the tokenizer {spec} has {found.vocab_size} ids, but the embedding of {name} "

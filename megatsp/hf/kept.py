@@ -44,6 +44,11 @@ def kept_files(checkpoint: HFCheckpoint) -> dict[str, bytes]:
     return {**files, f"{FOLDER}/{TYPES}": types.encode()}
 
 
+def stored_files(folder: Path) -> dict[str, bytes]:
+    """What a checkpoint of ours has of them, by their paths in its folder: the next ones keep it too."""
+    return {f"{FOLDER}/{path.name}": path.read_bytes() for path in sorted((folder / FOLDER).glob("*"))}
+
+
 def read_kept(folder: Path) -> Kept:
     """Of a checkpoint of ours; empty if it came from nowhere.
 

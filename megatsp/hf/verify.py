@@ -25,6 +25,7 @@ from megatsp.schema import ModelConfig
 
 VERIFICATION = "verification.json"
 SAMPLES, LENGTH = 2, 64
+_TOKENS = 16  # that are compared at once: a vocabulary's logits in fp64 are large
 # In fp32 the two differ by the order of their sums. So their likeliest tokens differ in near ties alone.
 _FP32_DIFFERENCE, _FP32_KL = 1e-4, 1e-6
 _FREQUENCIES = 2e-6  # relative: a few last bits
@@ -44,11 +45,19 @@ class Differences:
     @classmethod
     def between(cls, found: Tensor, expected: Tensor) -> "Differences":
         """found, expected: fp32 [B, T, V] on one device."""
-        difference = (found - expected).abs()
-        theirs, ours = (t.double().log_softmax(-1) for t in (expected, found))
-        kl = (theirs.exp() * (theirs - ours)).sum(-1).mean()
-        same = (found.argmax(-1) == expected.argmax(-1)).double().mean()
-        return cls(difference.max().item(), difference.mean().item(), kl.item(), same.item())
+        pairs = zip(found.flatten(0, 1).split(_TOKENS), expected.flatten(0, 1).split(_TOKENS), strict=True)
+        tokens = torch.cat([_by_token(ours, theirs) for ours, theirs in pairs], 1)
+        mean, kl, same = tokens[1:].mean(1).tolist()
+        return cls(tokens[0].max().item(), mean, kl, same)
+
+
+def _by_token(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Of logits [N, V]: largest and mean difference, KL divergence, the same likeliest token; fp64 [4, N]."""
+    difference = (ours - theirs).abs()
+    p, q = (t.double().log_softmax(-1) for t in (theirs, ours))
+    kl = (p.exp() * (p - q)).sum(-1)
+    same = ours.argmax(-1) == theirs.argmax(-1)
+    return torch.stack([difference.amax(-1).double(), difference.double().mean(-1), kl, same.double()])
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from megatsp.data.blend import Blend
 from megatsp.data.loader import Loader, Share
 from megatsp.data.splits import load_splits
 from megatsp.data.tokenizer import load_tokenizer
+from megatsp.hf.kept import stored_files
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import build_model
 from megatsp.schema import Config
@@ -252,6 +253,8 @@ class Training:
         extra = {"config.yaml": to_yaml(self.config).encode()}
         if self.base is not None:
             extra |= self.base.files
+        elif self.resumed_from is not None:
+            extra |= stored_files(self.resumed_from)  # of an imported run
         checkpoints, tensors = self.folder / "checkpoints", self.optimizer.tensors()
         self.saved_at = self.state.iteration
         saved = checkpoint.save(checkpoints, self.state, self.gpt, tensors, extra, self.tokenizer)

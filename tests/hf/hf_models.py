@@ -1,5 +1,6 @@
 """Random checkpoints of every family, as transformers makes and saves them, with its logits and texts."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,16 @@ def reference(folder: Path) -> tuple[Tensor, Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     text = model.generate(ids()[:, :PROMPT], max_new_tokens=CONTINUED, do_sample=False, eos_token_id=None)
     return model(ids()).logits, text
+
+
+def write_tokenizer(folder: Path, tokens: int = 100) -> None:
+    """A tokenizer.json of so many ids, of which the last ends a document."""
+    import tokenizers
+    from tokenizers import models
+
+    vocabulary = {chr(33 + i): i for i in range(tokens - 1)}
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
