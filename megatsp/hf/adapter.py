@@ -183,7 +183,7 @@ def export_merged(
     check_output(output, force)
     adapter, config = own_adapter(checkpoint_folder)
     base = open_checkpoint(config.finetune.hf, hashes=False)
-    tuned = vars(read_state(checkpoint_folder)).get("base_fingerprint", base.fingerprint)
+    tuned = read_state(checkpoint_folder).base_fingerprint
     if tuned != base.fingerprint:
         raise ValueError(
             f"finetune.hf={config.finetune.hf} has changed: its fingerprint is {base.fingerprint[:12]}, the "

@@ -71,7 +71,7 @@ def export_source(
     beside: the checkpoint whose tokenizer and folder `hf/` go along.
     """
     kept = read_kept(beside)
-    context = config.model.max_position_embeddings or config.trainer.seq_length
+    context = max(config.model.max_position_embeddings, config.trainer.seq_length)
     model = replace(config.model, max_position_embeddings=context)
     dtypes = _dtypes(source, dtype, kept)
     tokenizer = beside / TOKENIZER

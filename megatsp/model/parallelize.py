@@ -177,10 +177,14 @@ def reshard(gpt: GPT) -> None:
 def _initialise(gpt: GPT, config: Config, axes: Axes) -> None:
     """Matrices normal (o and down projections over sqrt(2 layers)), gains one, biases zero.
 
-    Adapters as PEFT's: A of variance 1 / (3 in), that of its uniform distribution; B zero.
+    Adapters as PEFT's: A of variance 1 / (3 in), that of its uniform distribution; B zero. What
+    finetune.hf gives is NaN until it is loaded: nothing is drawn in vain, or left as drawn.
     """
     for name, parameter in gpt.named_parameters():
         assert isinstance(parameter, DTensor)
+        if config.finetune.hf and ".lora_" not in name:
+            parameter.to_local().fill_(math.nan)
+            continue
         if parameter.dim() == 1:
             parameter.to_local().fill_(0.0 if name.endswith("bias") else 1.0)
             continue

@@ -76,7 +76,8 @@ def generate(
     start = len(ids)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(tokens):
-        logits = next_token_logits(gpt, axes, ids[-context:]).cpu()
+        # An embedding may have more rows than there are tokens.
+        logits = next_token_logits(gpt, axes, ids[-context:]).cpu()[: tokenizer.vocab_size]
         if temperature == 0:
             token = logits.argmax()
         else:

@@ -70,8 +70,9 @@ def rank_save(jobs: list[tuple[Path, Path, FinetuneConfig, dict]]) -> list[Tenso
         gpt = build_model(config, axes)
         load_weights(source, gpt)
         randomise(gpt)
-        texts = {"config.yaml": to_yaml(config)}
-        checkpoint.save(run, RunState(iteration=1), gpt, AdamW(gpt, config.optimizer).tensors(), texts)
+        extra = {"config.yaml": to_yaml(config).encode()}
+        state = RunState(iteration=1, base_fingerprint=source.fingerprint)
+        checkpoint.save(run, state, gpt, AdamW(gpt, config.optimizer).tensors(), extra)
         found.append(logits(gpt, axes, ids()))
     return found
 
