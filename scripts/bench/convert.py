@@ -7,6 +7,7 @@ Every measurement is a process of its own, those of ours and theirs in turn.
 """
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -91,6 +92,9 @@ def load_save(folder: Path) -> Callable[[], Any]:
     def work() -> None:
         model = LlamaForCausalLM.from_pretrained(folder, dtype="auto")
         model.save_pretrained(folder.parent / "theirs")
+        for path in (folder.parent / "theirs").iterdir():  # as ours are
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
     return work
 
@@ -227,15 +231,14 @@ def page(results: dict[str, list[dict[str, float]]], num_bytes: int, repeats: in
 
 **Measured** by `python scripts/bench/convert.py`: a checkpoint of Llama 3.2 1B's shapes with random weights,
 bf16, {num_bytes / 1e9:.2f} GB in one file, page cache warm; medians of {repeats} in fresh processes, ours and
-theirs in turn; imports of modules are not counted. Against theirs: the median of the runs' ratios. The cores
-were shared with other programs: seconds of one row are not those of an idle machine, and processor time is
-the steadier of the two.
+theirs in turn; imports of modules are not counted. Against theirs: the median of the runs' ratios. On a virtual
+machine the first touch of memory may take longer than what is done with it: seconds vary, the ratios less.
 
 Load: `open_checkpoint` and `load_weights` into the parameters of one rank; `from_pretrained`. Afterwards a
 number of each page is read, so that what is only mapped is loaded too; in bf16 transformers maps the file and
 copies nothing, while ours are parameters that can be trained. Convert: `megatsp convert import` or `export`,
 each of which reads the weights and writes them, brings them to the disk and (export) hashes them, without and
-with the check of logits; against `from_pretrained` and `save_pretrained`, which do the former alone. Memory:
+with the check of logits; against `from_pretrained`, `save_pretrained` and fsync of its files. Memory:
 growth during the work, in parts of the checkpoint's size. Anonymous memory is what a process needs; resident
 memory counts pages of mapped files too, which the system takes back when it needs them.
 
