@@ -232,7 +232,7 @@ def page(results: dict[str, list[dict[str, float]]], num_bytes: int, repeats: in
 **Measured** by `python scripts/bench/convert.py`: a checkpoint of Llama 3.2 1B's shapes with random weights,
 bf16, {num_bytes / 1e9:.2f} GB in one file, page cache warm; medians of {repeats} in fresh processes, ours and
 theirs in turn; imports of modules are not counted. Against theirs: the median of the runs' ratios. On a
-virtual machine the first touch of memory may take longer than what is done with it: seconds vary, ratios less.
+virtual machine the first touch of memory may take longer than what is done with it: seconds vary.
 
 Load: `open_checkpoint` and `load_weights` into the parameters of one rank; `from_pretrained`. Afterwards a
 number of each page is read, so that what is only mapped is loaded too; in bf16 transformers maps the file and
