@@ -72,14 +72,30 @@ def check_model(source: "HFCheckpoint", config: Config) -> Config:
             f"{length} or more, or leave it out"
         )
     if (ours.rotary_base, ours.rotary_scaling) == (theirs.rotary_base, theirs.rotary_scaling):
-        factor = f"{length / context:g}"
         raise ValueError(
             f"trainer.seq_length={length}: {source.folder} has a context of {context} tokens. Extend it by "
-            f"model.rotary_scaling.type=yarn model.rotary_scaling.factor={factor}, or by a larger "
-            f"model.rotary_base (here {theirs.rotary_base:g}); or train longer samples as it is, by "
-            f"model.max_position_embeddings={length}"
+            f"{_extension(theirs, length)}, or by a larger model.rotary_base (here {theirs.rotary_base:g}); "
+            f"or train longer samples as it is, by model.max_position_embeddings={length}"
+        )
+    scaling = ours.rotary_scaling
+    reach = scaling.factor * scaling.original_max_position_embeddings
+    if scaling.type == "yarn" and length > reach:
+        raise ValueError(
+            f"model.rotary_scaling.type=yarn: factor {scaling.factor:g} of "
+            f"original_max_position_embeddings={scaling.original_max_position_embeddings} reaches {reach:g} "
+            f"tokens, trainer.seq_length={length} is longer; set model.rotary_scaling.factor="
+            f"{length / scaling.original_max_position_embeddings:g}"
         )
     return replace(config, model=replace(ours, max_position_embeddings=length))
+
+
+def _extension(model: ModelConfig, length: int) -> str:
+    """The settings that stretch the model's rotary embedding, scaled or not, to so many tokens."""
+    scaling, times = model.rotary_scaling, length / model.max_position_embeddings
+    if scaling.type == "none":
+        return f"model.rotary_scaling.type=yarn model.rotary_scaling.factor={times:g}"
+    given = f"(its {scaling.type} has {scaling.factor:g})"
+    return f"model.rotary_scaling.factor={scaling.factor * times:g} {given}"
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -180,9 +180,10 @@ def export_merged(
     Raises:
         ValueError: see `export`; finetune.hf cannot be read, or is not what the run tuned.
     """
-    check_output(output, force)
+    check_output(output, force, checkpoint_folder)
     adapter, config = own_adapter(checkpoint_folder)
     base = open_checkpoint(config.finetune.hf, hashes=False)
+    check_output(output, force, base.folder)
     tuned = read_state(checkpoint_folder).base_fingerprint
     if tuned != base.fingerprint:
         raise ValueError(

@@ -68,6 +68,8 @@ def open_checkpoint(name: str, hashes: bool = True) -> HFCheckpoint:
         model = to_model(config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:  # a value of a kind that the key never has
+        raise ValueError(f"{name}: config.json is damaged: {type(error).__name__}: {error}") from error
     headers = _read_headers(folder, name)
     _check_tensors(name, model, headers)
     dtypes = {tensor: entry.dtype for entries in headers.values() for tensor, entry in entries.items()}

@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
 def _add_import(parser: Any) -> None:
     parser.description = "Writes a run folder whose first checkpoint has the weights, as they are stored."
     parser.add_argument("hf", metavar="HF", help="a folder, or a name of the Hugging Face hub")
-    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="to write; its name becomes the run's")
+    parser.add_argument("run", type=_path, metavar="RUN_FOLDER", help="to write; its name becomes the run's")
     parser.add_argument("--tokenizer", default="", help="another one than the checkpoint's own")
     _add_common(parser)
     parser.set_defaults(work=_import)
@@ -56,9 +56,9 @@ def _add_export(parser: Any) -> None:
         "Writes what transformers' from_pretrained loads. Of a run with adapters: PEFT's files."
     )
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints/iter_N"
+        "run", type=_path, metavar="RUN", help="a run's folder, or one of its checkpoints/iter_N"
     )
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the folder to write")
+    parser.add_argument("output", type=_path, metavar="OUTPUT", help="the folder to write")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -75,7 +75,7 @@ def _add_verify(parser: Any) -> None:
     parser.description = "Compares our logits with transformers', on the checkpoint's weights or a run's."
     parser.add_argument("hf", metavar="HF", help="a folder, or a name of the Hugging Face hub")
     parser.add_argument(
-        "run", type=Path, nargs="?", metavar="RUN", help="a run's folder, or a checkpoint of it"
+        "run", type=_path, nargs="?", metavar="RUN", help="a run's folder, or a checkpoint of it"
     )
     parser.set_defaults(work=_verify)
 
@@ -125,6 +125,10 @@ def _verify(given: Any) -> None:
     print(verify_alone(ours, model, HFSource(checkpoint), checkpoint.config, device), flush=True)
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def _result(report: Any, output: Path) -> str:
     found = "logits were not compared with transformers' (--no-verify)" if report is None else str(report)
     return f"{found}\nwrote {output}"
@@ -165,7 +169,7 @@ def _export_adapters(given: Any, folder: Path, config: Config, max_bytes: int) -
     if not given.merge:
         if given.dtype != "auto":
             raise ValueError(f"--dtype {given.dtype}: adapters are written in fp32; use it with --merge")
-        check_output(given.output, given.force)
+        check_output(given.output, given.force, folder)
         with whole_folder(given.output, given.force, 0) as temporary:
             write_adapter(folder, temporary, config.finetune.hf)
         print(f"wrote {given.output}: adapters of {config.finetune.hf}, as PEFT loads them", flush=True)

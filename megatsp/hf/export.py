@@ -44,7 +44,7 @@ def export(
         ValueError: the checkpoint is damaged, holds adapters alone, or no family of transformers fits its
             model; `output` is there already or cannot be written; transformers' logits are not ours.
     """
-    check_output(output, force)
+    check_output(output, force, checkpoint_folder)
     read_state(checkpoint_folder)  # its files are whole
     config = from_yaml((checkpoint_folder / "config.yaml").read_text())
     if config.finetune.lora_rank:

@@ -133,6 +133,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
         ValueError: another architecture, or none.
     """
     named = config.get("architectures") or []
+    if not isinstance(named, list):
+        raise ValueError(f"architectures={named!r} in config.json: expected a list of names")
     known = [FAMILIES[name] for name in named if name in FAMILIES]
     if not known:
         remote = (
@@ -157,8 +159,8 @@ def to_model(config: Mapping[str, Any]) -> ModelConfig:
         ValueError: an architecture, or an option, that we do not compute as transformers does.
     """
     family = family_of(config)
-    if missing := [key for key in _REQUIRED if not isinstance(config.get(key), int)]:
-        raise ValueError(f"config.json has no number as {', '.join(missing)}")
+    if missing := [key for key in _REQUIRED if not isinstance(config.get(key), int) or config[key] < 1]:
+        raise ValueError(f"config.json has no number above 0 as {', '.join(missing)}")
     values: dict[str, Any] = {ours: config.get(theirs) for theirs, ours in _RENAMED.items()}
     heads, h = config["num_attention_heads"], config["hidden_size"]
     for ours, default in (
@@ -174,10 +176,12 @@ def to_model(config: Mapping[str, Any]) -> ModelConfig:
         values[ours] = default if values[ours] is None else values[ours]
     for theirs, ours in _RENAMED.items():
         kind = type(getattr(ModelConfig, ours))
-        if isinstance(values[ours], bool) or not isinstance(values[ours], (int, kind)):
-            raise ValueError(f"{theirs}={values[ours]!r} in config.json: expected a number")
+        if isinstance(values[ours], bool) or not isinstance(values[ours], (int, kind)) or values[ours] <= 0:
+            raise ValueError(f"{theirs}={values[ours]!r} in config.json: expected a number above 0")
         values[ours] = kind(values[ours])
     tied = config.get("tie_word_embeddings", family.tie_word_embeddings)
+    if not isinstance(tied, bool):
+        raise ValueError(f"tie_word_embeddings={tied!r} in config.json: expected true or false")
     base, scaling = read_rope(config, family.rope_theta)
     model = ModelConfig(
         **values,

@@ -17,18 +17,22 @@ _QUIET_BYTES = 1 << 30  # less takes no time that needs a bar
 
 
 def expected_hashes(folder: Path, files: Iterable[Path]) -> dict[Path, str]:
-    """What is known of the files: from the folder's manifest, or from the names of a cache's blobs.
+    """What is known of the files, and of all that the folder's manifest lists: from there, or from the names
+    of a cache's blobs.
 
     Raises:
-        ValueError: the manifest cannot be read.
+        ValueError: the manifest cannot be read, or lists a file that is missing.
     """
     listed = read_manifest(folder)
-    found = {}
+    if missing := [name for name in listed if not (folder / name).is_file()]:
+        raise ValueError(
+            f"{folder / MANIFEST} lists {', '.join(missing[:8])}, which is not there: restore it, or remove "
+            f"{MANIFEST} to go without"
+        )
+    found = {folder / name: listed[name] for name in listed}
     for path in files:
         blob = path.resolve().name  # in the hub's cache a large file is a link to a blob named by its hash
-        if path.name in listed:
-            found[path] = listed[path.name]
-        elif path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
+        if path not in found and path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
             found[path] = blob
     return found
 
@@ -70,7 +74,9 @@ def check_hashes(expected: Mapping[Path, str]) -> None:
             f"{path}: sha256 should be {expected[path][:12]}... and is not" for path in wrong[:8]
         )
         count = f"{len(wrong)} damaged file{'s' if len(wrong) > 1 else ''}"
-        raise ValueError(f"{count}: {shown}; download or copy again")
+        raise ValueError(
+            f"{count}: {shown}; download or copy again (after a change on purpose remove {MANIFEST})"
+        )
 
 
 def hashes(files: Iterable[Path]) -> dict[Path, str]:

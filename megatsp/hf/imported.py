@@ -32,6 +32,7 @@ def import_run(
     """
     check_output(run, force)
     checkpoint = open_checkpoint(name)
+    check_output(run, force, checkpoint.folder)
     if not (tokenizer or checkpoint.has_tokenizer):
         raise ValueError(
             f"{name} has no tokenizer.json and no tokenizer.model: copy them there, or name another "

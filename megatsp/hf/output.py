@@ -20,12 +20,14 @@ MAX_SHARD_BYTES = 5_000_000_000  # as transformers' save_pretrained
 _QUIET_BYTES = 1 << 30  # less takes no time that needs a bar
 
 
-def check_output(output: Path, force: bool) -> None:
-    """Refuses a path where something is already.
+def check_output(output: Path, force: bool, source: Path | None = None) -> None:
+    """Refuses a path where something is already, and one that `source`, which is read, is in.
 
     Raises:
         ValueError: something is, and it may not be replaced.
     """
+    if source is not None and output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"{output} holds {source}, which is read: give another folder")
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file: give a folder to write to")
     if not force and output.is_dir() and any(output.iterdir()):

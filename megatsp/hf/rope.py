@@ -40,8 +40,10 @@ def read_rope(config: Mapping[str, Any], default_theta: float) -> tuple[float, R
     kind = "none" if spelt == "default" else spelt
     if kind not in READ:
         raise ValueError(f"rope type {spelt!r}: only default, linear, llama3 and yarn are computed")
-    values = _values(given, kind, config)
-    return float(default_theta if theta is None else theta), RotaryScaling(type=kind, **values)
+    theta = default_theta if theta is None else theta
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+        raise ValueError(f"rope_theta={theta!r}: expected a number above 0")
+    return float(theta), RotaryScaling(type=kind, **_values(given, kind, config))
 
 
 def _values(given: Mapping[str, Any], kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
