@@ -94,6 +94,14 @@ def test_outputs_that_are_there_are_not_replaced(run, hf, tmp_path, capsys):
     assert (tmp_path / "mine").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_is_read_is_never_replaced(run, hf, capsys):
+    before = sorted(path.name for path in hf.iterdir())
+    assert "which is read: give another folder" in fails(capsys, "import", hf, hf, "--force")
+    assert "which is read: give another folder" in fails(capsys, "export", run, run, "--force")
+    assert sorted(path.name for path in hf.iterdir()) == before
+    assert (run / "checkpoints").is_dir()
+
+
 def test_bad_arguments(run, hf, tmp_path, capsys):
     assert "no checkpoint in" in fails(capsys, "export", hf, tmp_path / "x")
     assert "--merge" in fails(capsys, "export", run, tmp_path / "x", "--merge")

@@ -177,6 +177,32 @@ def test_a_wrong_hash_beside_it(untied):
     refused(untied, "line 1 of", "is not a hash")
 
 
+def test_every_listed_file_has_its_hash(untied):
+    listed = {path.name: found for path, found in hashes(sorted(untied.glob("*.json"))).items()}
+    (untied / "SHA256SUMS").write_text("".join(f"{found}  {name}\n" for name, found in listed.items()))
+    open_checkpoint(str(untied))
+    rewrite_config(untied, rope_theta=5.0)
+    refused(untied, "1 damaged file", "config.json: sha256 should be", "after a change on purpose remove")
+    (untied / "generation_config.json").unlink()
+    refused(untied, "lists generation_config.json, which is not there")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_attention_heads", 0, "has no number above 0 as num_attention_heads"),
+        ("num_key_value_heads", -1, "num_key_value_heads=-1 in config.json: expected a number above 0"),
+        ("architectures", 5, "architectures=5 in config.json: expected a list of names"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": "1e4"}, "rope_theta='1e4': expected a"),
+        ("rope_parameters", {"rope_type": ["default"]}, "config.json is damaged: TypeError"),
+        ("tie_word_embeddings", None, "tie_word_embeddings=None in config.json: expected true or false"),
+    ],
+)
+def test_strange_values(untied, key, value, message):
+    rewrite_config(untied, **{key: value})
+    refused(untied, message)
+
+
 def test_a_wrong_hash_in_a_cache(untied):
     """Of the hub's layout: a link to a blob whose name is its hash."""
     path, blobs = untied / "model.safetensors", untied.parent / "blobs"

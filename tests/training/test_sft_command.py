@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from runs import command
-from tuning import prepare_chats, save_checkpoint, settings
+from tuning import prepare_chats, save_checkpoint, settings, tuning
 
 from megatsp import cli
 
@@ -52,6 +52,10 @@ def test_what_is_refused(folder, capsys):
     message = refused("trainer.seq_length=384")
     assert "has a context of 192 tokens. Extend it by model.rotary_scaling.type=yarn" in message
     assert "model.rotary_scaling.factor=2," in message
+    yarn = ["model.rotary_scaling.type=yarn", "model.rotary_scaling.factor=2"]
+    message = refused("trainer.seq_length=768", *yarn)
+    assert "factor 2 of original_max_position_embeddings=192 reaches 384 tokens" in message
+    assert "set model.rotary_scaling.factor=4" in message
     message = refused("trainer.seq_length=384", "model.max_position_embeddings=200")
     assert "model.max_position_embeddings=200: trainer.seq_length=384 is longer" in message
     message = refused("data.path=mine/chats.jsonl.zst", "data.valid_path=more.parquet")
@@ -69,6 +73,16 @@ def test_what_is_refused(folder, capsys):
     assert "--checkpoint first: give last, best or an" in said(
         capsys, "generate", str(folder), "--checkpoint", "first"
     )
+
+
+def test_a_scaled_context_is_stretched_by_its_own_factor(tmp_path, folder):
+    rope = dict(rope_type="linear", rope_theta=1e4, factor=3.0)
+    save_checkpoint(tmp_path / "scaled", folder / "tokenizer", rope_parameters=rope)
+    asked = [f"finetune.hf={tmp_path}/scaled", "trainer.seq_length=384"]
+    with pytest.raises(ValueError, match=r"Extend it by model.rotary_scaling.factor=6 \(its linear has 3\)"):
+        tuning(folder, *asked)
+    model = tuning(folder, *asked, "model.rotary_scaling.factor=6").model
+    assert (model.rotary_scaling.factor, model.max_position_embeddings) == (6.0, 384)
 
 
 def test_help_and_dry_run(folder, capsys):
