@@ -189,8 +189,9 @@ def test_a_run_is_resumed_on_another_mesh(tmp_path):
     write_corpus(tmp_path / "corpus")
     meshes = ["parallel.tsp=2"], ["parallel.tp=2"], ["parallel.tsp=2", "parallel.tsp_layout=owner"], []
     short = ["trainer.train_iters=2", "scheduler.lr_warmup_iters=1", "trainer.eval_iters=1"]
-    configs = [compose(overrides(tmp_path / "corpus", tmp_path, "finetune.lora_rank=3", *short, *mesh))
-               for mesh in meshes]  # fmt: skip
+    tuned = FinetuneConfig(lora_rank=3)  # of first weights: megatsp sft has those of a checkpoint
+    runs = [compose(overrides(tmp_path / "corpus", tmp_path, *short, *mesh)) for mesh in meshes]
+    configs = [replace(run, finetune=tuned) for run in runs]
     first, *others = run_distributed(rank_resume, 2, configs)[0]
     moments = [tensor for name, tensor in first.items() if name.startswith("optimizer.")]
     assert len(moments) == 2 * 2 * 2 * len(MATRICES) and all(moment.any() for moment in moments)
