@@ -101,6 +101,7 @@ def _generate(arguments: list[str]) -> int:
     parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="<output_dir>/<name> of a run")
     text = "last, best (of the lowest validation loss) or an iteration (default: last)"
     parser.add_argument("--checkpoint", default="last", metavar="WHICH", help=text)
+    parser.add_argument("--base", default="", metavar="HF", help="what a run's adapters tune, if it moved")
     parser.add_argument("--prompt", default="", help="the text to continue (default: none)")
     parser.add_argument("--tokens", type=int, default=200, help="how many to generate (default: 200)")
     parser.add_argument(
@@ -128,7 +129,7 @@ def _generate(arguments: list[str]) -> int:
     from megatsp.training.generate import main as generate
 
     settings = given.prompt, given.tokens, given.temperature, given.seed
-    generate(given.run_folder, given.checkpoint, *settings)
+    generate(given.run_folder, given.checkpoint, given.base, *settings)
     return 0
 
 

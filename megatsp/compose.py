@@ -63,6 +63,7 @@ def compose(overrides: list[str], user_dir: Path | None = None, primary: str = "
     """
     if user_dir:
         _check_user_dir(user_dir)
+    overrides = [_with_home(text) for text in overrides]
     choices = group_choices(user_dir, primary)
     parsed = [_parse(text) for text in overrides]
     selections = [
@@ -84,6 +85,14 @@ def compose(overrides: list[str], user_dir: Path | None = None, primary: str = "
         source = open_source(config.finetune.hf)
         before = replace(Config(), model=model_before_overrides(source.model, config.model))
         return check_model(source, _merge(before, selected, assignments))
+
+
+def primary_defaults(primary: str) -> Config:
+    """What a primary file gives where nothing else is said; for sft beside the model, which no file gives."""
+    with _composition_errors(primary), initialize_config_dir(str(config_dir()), version_base="1.3"):
+        selected = hydra_compose(primary)
+    OmegaConf.set_struct(selected, False)
+    return _merge(Config(), selected, [])
 
 
 def _merge(defaults: Config, selected: Any, assignments: Sequence[Override]) -> Config:
@@ -163,6 +172,12 @@ def _check_user_dir(user_dir: Path) -> None:
             raise ValueError(
                 f"--config-dir {user_dir}: {group}/{twice[0]}.yaml exists in megatsp too; rename it"
             )
+
+
+def _with_home(text: str) -> str:
+    """key=~/folder with the home folder, which no shell puts in there."""
+    key, _, value = text.partition("=")
+    return f"{key}={Path(value).expanduser()}" if value.startswith("~/") else text
 
 
 def _parse(text: str) -> Override:

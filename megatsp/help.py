@@ -2,11 +2,11 @@
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
-from megatsp.compose import group_choices
-from megatsp.schema import Config
+from megatsp.compose import group_choices, primary_defaults
+from megatsp.tuned_model import OVERRIDABLE
 from megatsp.validate import spoken
 
 WIDTH = 100  # columns
@@ -57,25 +57,26 @@ def training_help(name: str) -> str:
         textwrap.fill(", ".join(choices), WIDTH, initial_indent=f"  {group:<12} ", subsequent_indent=" " * 15)
         for group, choices in group_choices(primary=name).items()
     )
-    keys = "\n".join(_key_lines(Config, ""))
+    keys = "\n".join(_key_lines(primary_defaults(name), "", name == "sft"))
     return (
         f"{usage}\n\n{ABOUT[name]}\n{OPTIONS}\ngroups (group=choice):\n{groups}\n\n"
         f"keys (group.key=value):\n{keys}\n\n{EXAMPLES[name]}"
     )
 
 
-def _key_lines(kind: type, path: str) -> Iterator[str]:
-    hints = get_type_hints(kind)
-    for item in fields(kind):
-        hint = hints[item.name]
-        if is_dataclass(hint):
-            assert isinstance(hint, type)
-            yield from _key_lines(hint, f"{path}{item.name}.")
+def _key_lines(node: Any, path: str, is_sft: bool) -> Iterator[str]:
+    hints = get_type_hints(type(node))
+    for item in fields(node):
+        default = getattr(node, item.name)
+        if is_dataclass(default):
+            yield from _key_lines(default, f"{path}{item.name}.", is_sft)
             continue
-        default = item.default if item.default_factory is MISSING else item.default_factory()
-        type_name = "list" if isinstance(default, list) else hint.__name__
+        if is_sft and path == "model." and item.name not in OVERRIDABLE:
+            continue  # what the checkpoint says
+        type_name = "list" if isinstance(default, list) else hints[item.name].__name__
         unit = f" [{item.metadata['unit']}]" if item.metadata["unit"] else ""
-        yield f"  {path}{item.name}: {type_name} = {_shown(default)}{unit}"
+        shown = "the checkpoint's" if is_sft and path.startswith("model.") else _shown(default)
+        yield f"  {path}{item.name}: {type_name} = {shown}{unit}"
         allowed = _allowed(item.metadata["choices"], item.metadata["within"])
         text = item.metadata["help"] + allowed
         yield textwrap.fill(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)

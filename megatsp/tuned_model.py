@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from megatsp.schema import Config, ModelConfig
+from megatsp.schema import Config, ModelConfig, RotaryScaling
 
 if TYPE_CHECKING:
     from megatsp.hf.checkpoint import HFCheckpoint
@@ -34,15 +34,16 @@ def model_before_overrides(source: ModelConfig, asked: ModelConfig) -> ModelConf
 
     asked: the schema's defaults with the latter.
 
-    Where only `asked` rescales frequencies, the length before the extension is the checkpoint's context,
-    unless that is set by name too.
+    Another type of scaling begins anew, from the length before the checkpoint's own extension; where it has
+    none, that is its context.
     """
-    if source.rotary_scaling.type != "none" or asked.rotary_scaling.type == "none":
+    own, kind = source.rotary_scaling, asked.rotary_scaling.type
+    if kind in ("none", own.type):
         return source
-    known = source.max_position_embeddings or source.rotary_scaling.original_max_position_embeddings
-    return replace(
-        source, rotary_scaling=replace(source.rotary_scaling, original_max_position_embeddings=known)
-    )
+    original = own.original_max_position_embeddings
+    if own.type in ("none", "linear"):  # which do not read it
+        original = int(source.max_position_embeddings / own.factor)
+    return replace(source, rotary_scaling=RotaryScaling(original_max_position_embeddings=original))
 
 
 def check_model(source: "HFCheckpoint", config: Config) -> Config:
@@ -53,6 +54,10 @@ def check_model(source: "HFCheckpoint", config: Config) -> Config:
             are longer than the checkpoint's context, and nothing said about that.
     """
     theirs, ours = source.model, config.model
+    if ours.rotary_scaling.type == "none" != theirs.rotary_scaling.type:  # it is taken away
+        ours = replace(ours, rotary_scaling=RotaryScaling())
+        config = replace(config, model=ours)
+    _check_attention_factor(theirs.rotary_scaling, ours.rotary_scaling)
     changed = [
         f"model.{name}: {there!r} there, {here!r} here"
         for name, there, here in _differences(asdict(theirs), asdict(ours))
@@ -87,6 +92,21 @@ def check_model(source: "HFCheckpoint", config: Config) -> Config:
             f"{length / scaling.original_max_position_embeddings:g}"
         )
     return replace(config, model=replace(ours, max_position_embeddings=length))
+
+
+def _check_attention_factor(theirs: RotaryScaling, ours: RotaryScaling) -> None:
+    """Refuses another factor of YaRN beside the attention_factor that goes with the checkpoint's.
+
+    Raises:
+        ValueError: that would be so.
+    """
+    kept = ours.type == "yarn" and ours.attention_factor == theirs.attention_factor != 0
+    if kept and ours.factor != theirs.factor:
+        raise ValueError(
+            f"model.rotary_scaling.factor={ours.factor:g}: the checkpoint's attention_factor="
+            f"{ours.attention_factor:g} goes with its factor {theirs.factor:g}; set "
+            "model.rotary_scaling.attention_factor too (0 follows from the factor)"
+        )
 
 
 def _extension(model: ModelConfig, length: int) -> str:

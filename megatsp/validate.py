@@ -138,10 +138,11 @@ def _data_errors(config: Config) -> Iterator[str]:
             chat = " --format chat" if config.finetune.hf else ""
             end, key = ("", "chat") if chat else (" --append-eod", "text")
             prefix = _RAW.sub("", raw)
+            plain = " (plain texts: --append-eod in place of --format chat)" if chat else ""
             yield (
                 f"data.{name}={raw} is text, not tokens: first run `megatsp preprocess{chat} --tokenizer "
                 f"{d.tokenizer}{end} --input {raw} --output-prefix {prefix}`, then give "
-                f"{prefix}_{key}_document"
+                f"{prefix}_{key}_document{plain}"
             )
     if d.valid_fraction < 1 and d.test_fraction < 1 and d.valid_fraction + d.test_fraction >= 1:
         yield f"data.test_fraction={d.test_fraction}: with valid_fraction={d.valid_fraction} nothing is left"
@@ -166,7 +167,7 @@ def _finetune_errors(config: Config) -> Iterator[str]:
         yield f"finetune.lora_targets=[{','.join(f.lora_targets)}]: name each matrix with adapters once"
     for key in ("lora_alpha", "lora_targets", "lora_merge"):
         if not f.lora_rank and getattr(f, key) != getattr(plain, key):
-            yield f"finetune.{key}: only adapters have it; set finetune.lora_rank, as finetune=lora does"
+            yield f"finetune.{key}: only adapters have it; set finetune.lora_rank above 0, or leave it out"
     if f.export_dtype != "auto" and f.lora_rank and not f.lora_merge:
         yield f"finetune.export_dtype={f.export_dtype}: adapters alone are fp32; set finetune.lora_merge=true"
     if f.export == "none" and (f.lora_merge or f.export_dtype != "auto"):

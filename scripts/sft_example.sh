@@ -9,7 +9,9 @@ bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
 data=outputs/data/jsonl_example
-data/jsonl_example/prepare.sh "$data" >/dev/null 2>&1
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+data/jsonl_example/prepare.sh "$data" >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
 [[ -e outputs/hf/qwen3_tiny ]] || python scripts/make_hf_checkpoint.py qwen3 outputs/hf/qwen3_tiny \
     --tokenizer "$data/tokenizer" --chat-template data/chatml.jinja
 run=outputs/sft_script

@@ -180,7 +180,7 @@ def test_generate_starts_ranks_and_then_generates(calls, tmp_path, as_rank):
     assert calls == [("launch", 2, [sys.executable, "-m", "megatsp", *arguments])]
     calls.clear()
     assert as_rank(0, 2, arguments) == 0
-    assert calls == [("generate", tmp_path, "last", "def ", 200, 0.0, 1234)]
+    assert calls == [("generate", tmp_path, "last", "", "def ", 200, 0.0, 1234)]
 
 
 SRUN = {

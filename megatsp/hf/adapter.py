@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatsp.compose import from_yaml
 from megatsp.hf.adapter_config import check_options, check_targets, config_of, matrices, scales
-from megatsp.hf.checkpoint import expected_shapes, open_checkpoint, read_json, shown
+from megatsp.hf.checkpoint import check_fingerprint, expected_shapes, open_checkpoint, read_json, shown
 from megatsp.hf.export import export_source
 from megatsp.hf.output import MAX_SHARD_BYTES, check_output
 from megatsp.hf.safetensors_file import DTYPES, SHORT, TensorFile, TensorWriter
@@ -150,6 +150,8 @@ def write_adapter(checkpoint_folder: Path, output: Path, base: str) -> None:
     """
     adapter, config = own_adapter(checkpoint_folder)
     check_output(output, force=False)
+    if Path(base).expanduser().is_dir():
+        base = str(Path(base).expanduser().absolute())  # whoever loads it may be elsewhere
     output.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{_PREFIX}{module}{side}": side_of[module]
@@ -171,8 +173,11 @@ def export_merged(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     verify: bool = True,
     force: bool = False,
+    base: str = "",
 ) -> Report | None:
     """Writes what a run with adapters tuned, W + s B A, as `export` writes whole weights.
+
+    base: where the weights are that it tuned; empty: where they were.
 
     It takes the memory of the adapters and of one tensor. Rounded to bf16, W + s B A loses what of a small
     update lies below bf16's steps: the adapters alone lose nothing.
@@ -182,13 +187,9 @@ def export_merged(
     """
     check_output(output, force, checkpoint_folder)
     adapter, config = own_adapter(checkpoint_folder)
-    base = open_checkpoint(config.finetune.hf, hashes=False)
-    check_output(output, force, base.folder)
-    tuned = read_state(checkpoint_folder).base_fingerprint
-    if tuned != base.fingerprint:
-        raise ValueError(
-            f"finetune.hf={config.finetune.hf} has changed: its fingerprint is {base.fingerprint[:12]}, the "
-            f"run tuned {tuned[:12]}; put the checkpoint back that it began with"
-        )
-    source = Merged(HFSource(base), adapter)
+    name = base or config.finetune.hf
+    opened = open_checkpoint(name)
+    check_output(output, force, opened.folder)
+    check_fingerprint(opened, name, read_state(checkpoint_folder).base_fingerprint)
+    source = Merged(HFSource(opened), adapter)
     return export_source(source, config, output, checkpoint_folder, dtype, max_shard_bytes, verify, force)

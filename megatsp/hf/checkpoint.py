@@ -25,7 +25,7 @@ NOT_FETCHED = ("*/*", "consolidated*")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN = 8  # of a list of tensors
-_PAGE, _PAGES = 4096, 16  # of each file: what the fingerprint reads
+_PAGE, _PAGES = 4096, 64  # of each file: what the fingerprint reads
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,19 @@ def open_checkpoint(name: str, hashes: bool = True) -> HFCheckpoint:
     )
     on_first_rank(lambda: _check_content(checkpoint, name, hashes))
     return checkpoint
+
+
+def check_fingerprint(checkpoint: HFCheckpoint, name: str, tuned: str) -> None:
+    """Checks that a checkpoint is the one of this fingerprint, which a run tunes.
+
+    Raises:
+        ValueError: it is not: what was learnt would be added to other weights.
+    """
+    if tuned != checkpoint.fingerprint:
+        raise ValueError(
+            f"{name} is not what the run tunes: its fingerprint is {checkpoint.fingerprint[:12]}, the run's "
+            f"{tuned[:12] or 'none'}. Give the checkpoint that it began with, or choose another name="
+        )
 
 
 def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -250,6 +263,8 @@ def _fingerprint(headers: Mapping[Path, Mapping[str, Entry]]) -> str:
 
 def _check_content(checkpoint: HFCheckpoint, name: str, hashes: bool) -> None:
     """What needs more than headers: hashes, a head that is said to be the embedding, the tokenizer."""
+    if (generation := checkpoint.folder / "generation_config.json").is_file():
+        read_json(generation)
     if hashes:
         check_hashes(expected_hashes(checkpoint.folder, checkpoint.files))
     model, head, embedding = checkpoint.model, "lm_head.weight", "model.embed_tokens.weight"

@@ -67,6 +67,7 @@ def _add_export(parser: Any) -> None:
     )
     parser.add_argument("--max-shard-size", default="5GB", help="of a file of weights (default: 5GB)")
     parser.add_argument("--merge", action="store_true", help="add a run's adapters to the weights they tune")
+    parser.add_argument("--base", default="", metavar="HF", help="where those weights are, if they moved")
     _add_common(parser)
     parser.set_defaults(work=_export)
 
@@ -100,6 +101,8 @@ def _export(given: Any) -> None:
     if config.finetune.lora_rank:
         _export_adapters(given, folder, config, max_bytes)
         return
+    if given.base:
+        raise ValueError(f"--base: {folder} has no adapters, its weights are whole; leave the option out")
     if given.merge:
         raise ValueError(f"--merge: {folder} has no adapters, its weights are whole; leave the option out")
     report = export(folder, given.output, given.dtype, max_bytes, not given.no_verify, given.force)
@@ -108,6 +111,7 @@ def _export(given: Any) -> None:
 
 def _verify(given: Any) -> None:
     from megatsp.hf.checkpoint import open_checkpoint
+    from megatsp.hf.families import canonical, differences
     from megatsp.hf.source import CheckpointSource, HFSource, TensorSource
     from megatsp.hf.verify import verify_alone
 
@@ -120,6 +124,8 @@ def _verify(given: Any) -> None:
         if config.finetune.lora_rank:
             raise ValueError(f"{folder} holds adapters alone: megatsp convert export --merge checks them")
         model = config.model
+        if differing := differences(canonical(model), canonical(checkpoint.model)):
+            raise ValueError(f"{folder} is another model than {given.hf}: {'; '.join(differing)}")
         ours = CheckpointSource(folder, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(verify_alone(ours, model, HFSource(checkpoint), checkpoint.config, device), flush=True)
@@ -166,15 +172,17 @@ def parse_bytes(text: str) -> int:
 def _export_adapters(given: Any, folder: Path, config: Config, max_bytes: int) -> None:
     from megatsp.hf.adapter import write_adapter
 
+    base = given.base or config.finetune.hf
     if not given.merge:
         if given.dtype != "auto":
             raise ValueError(f"--dtype {given.dtype}: adapters are written in fp32; use it with --merge")
         check_output(given.output, given.force, folder)
         with whole_folder(given.output, given.force, 0) as temporary:
-            write_adapter(folder, temporary, config.finetune.hf)
-        print(f"wrote {given.output}: adapters of {config.finetune.hf}, as PEFT loads them", flush=True)
+            write_adapter(folder, temporary, base)
+        print(f"wrote {given.output}: adapters of {base}, as PEFT loads them", flush=True)
         return
     from megatsp.hf.adapter import export_merged
 
-    report = export_merged(folder, given.output, given.dtype, max_bytes, not given.no_verify, given.force)
+    checked = not given.no_verify
+    report = export_merged(folder, given.output, given.dtype, max_bytes, checked, given.force, base)
     print(_result(report, given.output), flush=True)

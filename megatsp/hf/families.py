@@ -11,7 +11,6 @@ from typing import Any
 from megatsp.hf.rope import KEYS as ROPE_KEYS
 from megatsp.hf.rope import canonical as canonical_scaling
 from megatsp.hf.rope import read_rope, write_rope
-from megatsp.nearest import did_you_mean
 from megatsp.schema import ModelConfig
 
 
@@ -114,14 +113,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
 }
 
-# What a config.json may also hold, which changes nothing that we compute.
-_IGNORED = (
-    "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id", "output_hidden_states", "output_attentions",
-    "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "_name_or_path",
-    "max_window_layers",
-)  # fmt: skip
-
 # Tensors of old checkpoints that hold what config.json says already.
 _SUPERFLUOUS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -141,8 +132,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
             " Its code (auto_map) would have to be run, which we never do." if config.get("auto_map") else ""
         )
         shown = ", ".join(map(str, named)) or "none"
-        near = did_you_mean(str(named[0]), FAMILIES) if named else ""
-        raise ValueError(f"architecture {shown}{near}: we compute {', '.join(FAMILIES)}.{remote}")
+        raise ValueError(f"architecture {shown}: we compute {', '.join(FAMILIES)}.{remote}")
     family = known[0]
     if config.get("model_type", family.model_type) != family.model_type:
         raise ValueError(
@@ -336,13 +326,10 @@ def _no_rope(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def known_keys(family: Family) -> frozenset[str]:
-    """Every key of a config.json of this family whose meaning is known, if only to ignore it."""
-    more = (
-        "tie_word_embeddings",
-        "layer_types",
-        "sliding_window",
-        "no_rope_layers",
-        "no_rope_layer_interval",
-    )
-    return frozenset((*_RENAMED, *_NEUTRAL, *_IGNORED, *ROPE_KEYS, *family.fixed, *more))
+def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """What each says of every key in which they differ; not of first values and the context's length."""
+    return [
+        f"model.{key}: {value!r} and {getattr(other, key)!r}"
+        for key, value in vars(one).items()
+        if key not in ("init_method_std", "max_position_embeddings") and value != getattr(other, key)
+    ]

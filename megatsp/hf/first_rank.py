@@ -10,16 +10,21 @@ def on_first_rank(work: Callable[[], object]) -> None:
 
     Raises:
         ValueError: `work` did; with its message, on every rank.
+        RuntimeError: on the other ranks, if `work` raised anything else.
     """
     if not dist.is_initialized():
         work()
         return
-    box: list[str | None] = [None]
+    failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
             work()
-        except ValueError as error:
-            box = [str(error)]
+        except Exception as error:  # whatever it is, the others must not wait for it
+            failure = error
+    box = [(isinstance(failure, ValueError), str(failure)) if failure is not None else None]
     dist.broadcast_object_list(box, src=0)
+    if failure is not None:
+        raise failure
     if box[0] is not None:
-        raise ValueError(box[0])
+        is_users, text = box[0]
+        raise ValueError(text) if is_users else RuntimeError(f"rank 0 failed: {text}")

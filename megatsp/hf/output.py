@@ -18,6 +18,8 @@ from megatsp.hf.source import TensorSource
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers' save_pretrained
 _QUIET_BYTES = 1 << 30  # less takes no time that needs a bar
+# One of these is in every folder that `megatsp convert` or `megatsp sft` wrote.
+_OURS = ("SHA256SUMS", "adapter_config.json", "checkpoints")
 
 
 def check_output(output: Path, force: bool, source: Path | None = None) -> None:
@@ -32,6 +34,8 @@ def check_output(output: Path, force: bool, source: Path | None = None) -> None:
         raise ValueError(f"{output} is a file: give a folder to write to")
     if not force and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is there and not empty: give another folder, or --force to replace it")
+    if output.is_dir() and any(output.iterdir()) and not any((output / name).exists() for name in _OURS):
+        raise ValueError(f"{output} is nothing that megatsp wrote: remove it, or give another folder")
 
 
 @contextmanager

@@ -24,7 +24,11 @@ class Reference:
         family = family_of(config)
         assert family.architecture in FAMILIES
         kind = transformers.CONFIG_MAPPING[family.model_type]
-        self._config = kind.from_dict({key: value for key, value in config.items() if key != "auto_map"})
+        try:
+            self._config = kind.from_dict({key: value for key, value in config.items() if key != "auto_map"})
+        except Exception as error:  # of many kinds: its classes check their values
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"transformers does not take this config.json: {reason}") from error
         self._class = getattr(transformers, family.architecture)
         self._source, self._device = source, device
         self.rotary: nn.Module = self._build().rotary_emb

@@ -6,14 +6,14 @@ import torch.distributed as dist
 
 from megatsp.axes import Axes
 from megatsp.data.tokenizer import Tokenizer, load_tokenizer
-from megatsp.hf.checkpoint import HFCheckpoint, open_checkpoint
+from megatsp.hf.checkpoint import HFCheckpoint, check_fingerprint, open_checkpoint
 from megatsp.hf.kept import kept_files
 from megatsp.hf.load import load_weights
 from megatsp.hf.verify import VERIFICATION, Report, verify_on_mesh
 from megatsp.model.gpt import GPT
 from megatsp.schema import Config
 from megatsp.training import checkpoint
-from megatsp.training.checkpoint import RunState, replace_text
+from megatsp.training.checkpoint import replace_text
 
 
 class Base:
@@ -34,7 +34,9 @@ class Base:
         self.files = kept_files(self.source) if dist.get_rank() == 0 else {}
         self.report: Report | None = None
         if resumed_from is not None:
-            check_fingerprint(config, self.source, checkpoint.read_state(resumed_from))
+            check_fingerprint(
+                self.source, config.finetune.hf, checkpoint.read_state(resumed_from).base_fingerprint
+            )
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} ids, and "
@@ -95,19 +97,5 @@ def load_base(config: Config, found: Path, gpt: GPT) -> None:
         ValueError: finetune.hf cannot be read, or is not what the run tunes.
     """
     source = open_checkpoint(config.finetune.hf, hashes=False)
-    check_fingerprint(config, source, checkpoint.read_state(found))
+    check_fingerprint(source, config.finetune.hf, checkpoint.read_state(found).base_fingerprint)
     load_weights(source, gpt)
-
-
-def check_fingerprint(config: Config, source: HFCheckpoint, state: RunState) -> None:
-    """Checks that a run's checkpoint was made from these weights.
-
-    Raises:
-        ValueError: it was not: adapters would be added to others.
-    """
-    if state.base_fingerprint != source.fingerprint:
-        raise ValueError(
-            f"finetune.hf={config.finetune.hf} has changed: its fingerprint is {source.fingerprint[:12]}, "
-            f"the run tunes {state.base_fingerprint[:12] or 'none'}. Give the checkpoint that it began with, "
-            "or choose another name="
-        )

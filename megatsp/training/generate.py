@@ -24,10 +24,13 @@ from megatsp.tsp.partition import local_positions, take_local
 from megatsp.validate import validate
 
 
-def main(run_folder: Path, which: str, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+def main(
+    run_folder: Path, which: str, base: str, prompt: str, tokens: int, temperature: float, seed: int
+) -> None:
     """Prints the prompt and its continuation by a checkpoint of the run; on all ranks of a tsp group.
 
-    which: last, best or an iteration. Adapters are added to the checkpoint that they tune.
+    which: last, best or an iteration. Adapters are added to the checkpoint that they tune; base: where that
+    is, empty: where it was.
 
     Raises:
         ValueError: the folder holds no such checkpoint, what it tunes has changed, its tokenizer is not the
@@ -38,6 +41,10 @@ def main(run_folder: Path, which: str, prompt: str, tokens: int, temperature: fl
         raise ValueError(f"{run_folder} has no checkpoint: train it first, or give another run's folder")
     found = checkpoint.chosen(checkpoints, which)
     config = from_yaml((found / "config.yaml").read_text())
+    if base:
+        if not config.finetune.lora_rank:
+            raise ValueError(f"--base {base}: {found} has no adapters, its weights are whole; leave it out")
+        config = replace(config, finetune=replace(config.finetune, hf=base))
     tokenizer = checkpoint.load_tokenizer_of(found, config.data.tokenizer)
     device = choose_device(config.launch.device)
     join(device, config.launch.timeout_s)

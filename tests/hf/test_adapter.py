@@ -144,6 +144,20 @@ def test_a_merged_export_is_verified_and_gives_our_logits(saved, tmp_path):
     assert (ours - model(ids()).logits).abs().max() <= 1e-5 * ours.abs().max()
 
 
+def test_a_base_that_moved_is_named(saved, tmp_path):
+    base, run, _ = saved["qwen3_linear"]
+    moved = base.rename(tmp_path / "moved")
+    try:
+        with pytest.raises(ValueError, match=f"no checkpoint at {base}"):
+            export_merged(run, tmp_path / "hf", verify=False)
+        export_merged(run, tmp_path / "hf", verify=False, base=str(moved))
+    finally:
+        moved.rename(base)
+    assert (tmp_path / "hf" / "config.json").is_file()
+    with pytest.raises(ValueError, match="is not what the run tunes: its fingerprint is"):
+        export_merged(run, tmp_path / "other", verify=False, base=str(saved["llama_tied"][0]))
+
+
 @torch.no_grad()
 def test_patterns_and_rslora_are_pefts(saved, tmp_path):
     """An adapter that PEFT made, with ranks and scales of its own for some matrices."""

@@ -96,7 +96,10 @@ def test_outputs_that_are_there_are_not_replaced(run, hf, tmp_path, capsys):
 
 def test_what_is_read_is_never_replaced(run, hf, capsys):
     before = sorted(path.name for path in hf.iterdir())
+    assert "is nothing that megatsp wrote: remove it" in fails(capsys, "import", hf, hf, "--force")
+    (hf / "SHA256SUMS").write_text("")
     assert "which is read: give another folder" in fails(capsys, "import", hf, hf, "--force")
+    (hf / "SHA256SUMS").unlink()
     assert "which is read: give another folder" in fails(capsys, "export", run, run, "--force")
     assert sorted(path.name for path in hf.iterdir()) == before
     assert (run / "checkpoints").is_dir()

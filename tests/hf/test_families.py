@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from hf_models import CASES, LLAMA3, SIZES, YARN
 
-from megatsp.hf.families import FAMILIES, canonical, config_of, known_keys, to_model
+from megatsp.hf.families import _NEUTRAL, _RENAMED, FAMILIES, Family, canonical, config_of, to_model
+from megatsp.hf.rope import KEYS as ROPE_KEYS
 from megatsp.model.gpt import count_parameters
 from megatsp.schema import ModelConfig, RotaryScaling
 
@@ -18,6 +19,20 @@ def config(model_type: str = "llama", **keys) -> dict:
     made = AutoConfig.for_model(model_type, **{**SIZES, **keys})
     architecture = next(f.architecture for f in FAMILIES.values() if f.model_type == model_type)
     return {**made.to_dict(), "architectures": [architecture], "model_type": model_type}
+
+
+# What else a config.json may hold: read by name, or changing nothing that we compute.
+OTHERS = (
+    "tie_word_embeddings", "layer_types", "sliding_window", "no_rope_layers", "no_rope_layer_interval",
+    "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "output_hidden_states", "output_attentions",
+    "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "_name_or_path",
+    "max_window_layers",
+)  # fmt: skip
+
+
+def known_keys(family: Family) -> set[str]:
+    return {*_RENAMED, *_NEUTRAL, *ROPE_KEYS, *family.fixed, *OTHERS}
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
@@ -122,11 +137,11 @@ def test_remote_code_is_neither_run_nor_passed_on():
 
 REFUSED = [
     (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*we compute LlamaForCausalLM"),
-    (dict(architectures=["LlamaForCausaLM"]), "did you mean LlamaForCausalLM"),
+    (dict(architectures=["Qwen3MoeForCausalLM"]), "architecture Qwen3MoeForCausalLM: we compute"),
     (dict(architectures=None), "architecture none"),
     (dict(architectures=["EvilModel"], auto_map={"AutoModel": "x.Y"}), "never do"),
     (dict(model_type="mistral"), "model_type 'mistral'"),
-    (dict(hidden_size=None), "no number as hidden_size"),
+    (dict(hidden_size=None), "no number above 0 as hidden_size"),
     (dict(rms_norm_eps="small"), "rms_norm_eps='small'"),
     (dict(attention_bias=True), "attention_bias=True: only False is computed"),
     (dict(mlp_bias=True), "mlp_bias=True"),

@@ -7,6 +7,7 @@ from runs import command
 from tuning import prepare_chats, save_checkpoint, settings, tuning
 
 from megatsp import cli
+from megatsp.schema import RotaryScaling
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +86,33 @@ def test_a_scaled_context_is_stretched_by_its_own_factor(tmp_path, folder):
     assert (model.rotary_scaling.factor, model.max_position_embeddings) == (6.0, 384)
 
 
+def test_another_scaling_begins_anew(tmp_path, folder):
+    yarn = dict(rope_type="yarn", rope_theta=1e4, factor=2.0, original_max_position_embeddings=96)
+    save_checkpoint(
+        tmp_path / "yarn", folder / "tokenizer", rope_parameters={**yarn, "attention_factor": 1.3}
+    )
+    scaling = "model.rotary_scaling"
+    asked = [f"finetune.hf={tmp_path}/yarn", "trainer.seq_length=384"]
+    with pytest.raises(ValueError, match=r"attention_factor=1.3 goes with its factor 2; set"):
+        tuning(folder, *asked, f"{scaling}.factor=4")
+    found = tuning(folder, *asked, f"{scaling}.factor=4", f"{scaling}.attention_factor=0").model
+    assert found.rotary_scaling == RotaryScaling("yarn", 4.0, original_max_position_embeddings=96)
+    found = tuning(folder, *asked, f"{scaling}.type=linear", f"{scaling}.factor=3").model
+    assert found.rotary_scaling == RotaryScaling("linear", 3.0, original_max_position_embeddings=96)
+    found = tuning(folder, *asked, f"{scaling}.type=none", "model.rotary_base=1e6").model
+    assert found.rotary_scaling == RotaryScaling()
+
+
+def test_a_home_folder_is_found(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert tuning(folder, "finetune.hf=~/hf").finetune.hf == str(folder / "hf")
+
+
 def test_help_and_dry_run(folder, capsys):
     assert cli.main(["sft", "--help"]) == 0
     text = capsys.readouterr().out
+    assert "optimizer.lr: float = 1e-05" in text and "trainer.dtype: str = bf16" in text
+    assert "model.rotary_base: float = the checkpoint's" in text and "model.num_layers" not in text
     assert "usage: megatsp sft [--help]" in text and "finetune     full, lora" in text
     assert "finetune.hf: str" in text and "\n  model        " not in text
     lora = ["finetune=lora", "finetune.lora_targets=[q_proj,k_proj]", "finetune.lora_rank=3"]

@@ -248,7 +248,7 @@ def test_what_is_refused_when_it_is_resumed(runs, configs, folder, tmp_path):
     without = replace(changed, finetune=replace(changed.finetune, hf=""))
     said = run_distributed(refused, 1, [changed, lost, with_adapters, without])[0]
     moved.rename(folder_of(folder / "stopped" / "checkpoints", best))
-    assert f"finetune.hf={tmp_path}/hf has changed: its fingerprint is" in said[0]
+    assert f"{tmp_path}/hf is not what the run tunes: its fingerprint is" in said[0]
     assert "of the lowest validation loss, is not there: restore it" in said[1]
     assert "differs in finetune.lora_rank: 0 there, 2 now" in said[2]
     assert f"finetune.hf: '{folder}/hf' there, '' now" in said[3]
