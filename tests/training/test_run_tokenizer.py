@@ -92,7 +92,7 @@ def test_generate_needs_nothing_but_the_checkpoint(tmp_path):
     with pytest.raises(
         ValueError, match=r"another tokenizer: '.*/tokenizer', .*; this one is '.*tokenizer\.json'"
     ):
-        generate(tmp_path / "run", "last", "", 1, 0.0, 1)
+        generate(tmp_path / "run", "last", "", "", 1, 0.0, 1)
 
 
 def test_without_exact_bytes_the_loss_alone_is_evaluated(tmp_path):
