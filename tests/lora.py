@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from dense import DenseGPT
 from distributed import run_distributed
-from parity import Case, batch, load, packed, relative_error
+from parity import Case, batch, load, packed, relative_error, run_step
 from parity import weights as base_weights
 from torch import Tensor, nn
 
@@ -96,28 +96,12 @@ def build(job: Job, state: dict[str, Tensor]) -> tuple[GPT, Axes]:
     return gpt, axes
 
 
-def loss_and_gradients(case_: Case, gpt: GPT, axes: Axes) -> float:
-    """On a rank: the global loss; gradients are in the parameters."""
-    made = packed if case_.documents else batch
-    ids, labels, mask, *first = made(case_.total_samples, case_.length)
-    count, loss = mask.sum(), torch.zeros(())
-    for i in range(case_.micro_batches):
-        start = (i * axes.dp_size + axes.dp_rank) * case_.samples
-        mine = slice(start, start + case_.samples)
-        local = [axes.take_local(t[mine]) for t in (ids, labels, mask)]
-        part = gpt(*local, *(t[mine] for t in first)).sum() / count
-        part.backward()
-        loss += part.detach()
-    torch.distributed.all_reduce(loss)
-    return loss.item()
-
-
 def rank_errors(jobs: Sequence[tuple[Job, dict, float, dict]]) -> list[dict[str, float]]:
     """On a rank: each job's relative error of loss and gradients; frozen parameters have none."""
     errors = []
     for job, state, loss, gradients in jobs:
         gpt, axes = build(job, state)
-        actual = loss_and_gradients(job[0], gpt, axes)
+        actual = run_step(job[0], gpt, axes)
         named = dict(gpt.named_parameters())
         assert {name for name, p in named.items() if p.grad is not None} == gradients.keys()
         found = {name: relative_error(named[name].grad.full_tensor(), gradients[name]) for name in gradients}

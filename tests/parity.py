@@ -150,10 +150,15 @@ def rank_result(case_: Case, state: dict[str, Tensor]) -> tuple[float, dict[str,
     axes = Axes.build(config.parallel, torch.device("cpu"))
     gpt = build_model(config, axes)
     load(gpt, state)
+    loss = run_step(case_, gpt, axes)
+    return loss, {k: p.grad.full_tensor() for k, p in gpt.named_parameters()}
+
+
+def run_step(case_: Case, gpt: GPT, axes: Axes) -> float:
+    """On a rank: the global loss; gradients are in the parameters."""
     made = packed if case_.documents else batch
     ids, labels, mask, *first = made(case_.total_samples, case_.length)
-    count = mask.sum()
-    loss = torch.zeros(())
+    count, loss = mask.sum(), torch.zeros(())
     for i in range(case_.micro_batches):
         start = (i * axes.dp_size + axes.dp_rank) * case_.samples
         mine = slice(start, start + case_.samples)
@@ -162,7 +167,7 @@ def rank_result(case_: Case, state: dict[str, Tensor]) -> tuple[float, dict[str,
         part.backward()
         loss += part.detach()
     torch.distributed.all_reduce(loss)
-    return loss.item(), {k: p.grad.full_tensor() for k, p in gpt.named_parameters()}
+    return loss.item()
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

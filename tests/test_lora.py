@@ -9,8 +9,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from lora import Job, Low, adapted, build, check, config, fp32_bound, twice_dense_bound, weights
-from lora import loss_and_gradients as run_step
-from parity import MODEL, OLMO2, YARN, Case, batch, case, relative_error
+from parity import MODEL, OLMO2, YARN, Case, batch, case, relative_error, run_step
 from runs import full_state, overrides, start_training, write_corpus
 from test_kernels import triton
 from test_traffic import EVEN, Counted, expected, times

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from megatsp.hf.safetensors_file import DTYPES, TensorWriter
 from megatsp.hf.source import TensorSource
+from megatsp.training.checkpoint import sync
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers' save_pretrained
 _QUIET_BYTES = 1 << 30  # less takes no time that needs a bar
@@ -60,7 +61,7 @@ def whole_folder(output: Path, force: bool, num_bytes: int) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync(path)
         old = output.with_name(f".{output.name}.{os.getpid()}.old")
         if output.exists():
             output.rename(old)
@@ -140,11 +141,3 @@ def cast(tensor: Tensor, dtype: str, name: str) -> Tensor:
     if not is_safe and bool(tensor.isfinite().all()):
         raise ValueError(f"{name} has values beyond fp16, whose largest is 65504: export bf16 or fp32")
     return found
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

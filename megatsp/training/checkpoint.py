@@ -152,8 +152,8 @@ def save(
         state = replace(state, files=_sizes(temporary))
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
         for path in temporary.rglob("*"):
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # a run that was resumed before this iteration
         temporary.rename(folder)
         replace_text(checkpoints / LATEST, f"{state.iteration}\n")
@@ -246,9 +246,9 @@ def replace_text(path: Path, text: str) -> None:
     """Writes a small file so that it is never half there."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -266,7 +266,8 @@ def _all_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
     return {**weights, **tensors}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Brings a file, or the list of a folder's files, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
