@@ -240,6 +240,8 @@ def _build(kind: type, values: Any, path: str, errors: list[str]) -> Any:
             built[item.name] = _build(hint, value, f"{path}{item.name}.", errors)
         elif hint == list[str] and _is_text_list(value):
             built[item.name] = [str(v) for v in value] if isinstance(value, list) else [value]
+        elif hint == list[int] and isinstance(value, list) and all(type(v) is int for v in value):
+            built[item.name] = value
         elif type(value) is hint or (hint is float and type(value) is int):
             built[item.name] = hint(value)
         else:
@@ -257,6 +259,8 @@ def _wanted(hint: type, value: Any) -> str:
     """What a key of type `hint` takes, given that it got `value`."""
     if hint == list[str]:
         return f"expected text, or a list [a,b,c] of texts and numbers, got {_type_name(value)}"
+    if hint == list[int]:
+        return f"expected a list [a,b,c] of whole numbers, got {_type_name(value)}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     quote = f"; quote it: '\"{_shown(value)}\"'" if hint is str and isinstance(value, (int, float)) else ""
     return f"expected {names[hint]}, got {_type_name(value)}{quote}"

@@ -89,5 +89,5 @@ def _allowed(choices: tuple[str, ...], within: str) -> str:
 def _shown(value: Any) -> str:
     """A default as it is written in an override."""
     if isinstance(value, list):
-        return f"[{','.join(value)}]"
+        return f"[{','.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value) or "''"

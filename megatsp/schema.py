@@ -254,12 +254,73 @@ class TrainerConfig:
         "none", "what the backward computes again", choices=("none", "selective", "full")
     )
     seed: int = key(1234, "of initial weights and of the order of samples", within="[0, inf)")
+    exit_duration_in_mins: float = key(
+        0.0,
+        "save and exit, to be started again, so long after the start; 0: never",
+        "minutes",
+        within="[0, inf)",
+    )
+    hang_timeout_s: float = key(
+        900.0,
+        "a rank that gets no further for so long ends the run, with every rank's stack; 0: never",
+        "seconds",
+        within="[0, inf)",
+    )
+    max_bad_steps: int = key(
+        3,
+        "steps in a row that are skipped because loss or gradients are not finite, before on_bad_steps",
+        "iterations",
+        within="[1, inf)",
+    )
+    on_bad_steps: str = key(
+        "stop",
+        "what then: stop; or rollback: go on from the last good checkpoint, without their samples",
+        choices=("stop", "rollback"),
+    )
+    max_rollbacks: int = key(3, "rollbacks of one run, before it stops", within="[0, inf)")
+    rerun_bad_steps: bool = key(
+        True, "compute a bad step again, to tell bad hardware (bits differ) from bad data (they do not)"
+    )
+    spike_deviations: float = key(
+        10.0,
+        "a loss is a spike so many robust standard deviations above the recent ones' median; 0: none is",
+        within="[0, inf)",
+    )
+    spike_window: int = key(
+        128, "recent losses that a new one is held against", "iterations", within="[16, inf)"
+    )
+    on_spike: str = key(
+        "warn",
+        "warn; skip: make no update; rollback: as on_bad_steps",
+        choices=("warn", "skip", "rollback"),
+    )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     save_interval: int = key(
         100, "save every so many iterations; 0: only at the end", "iterations", within="[0, inf)"
+    )
+    async_save: bool = key(True, "write in the background: training waits for the copy to host memory alone")
+    keep_last: int = key(
+        0,
+        "newest checkpoints that are kept; older ones are removed once a newer one is whole; 0: all are kept",
+        "checkpoints",
+        within="[0, inf)",
+    )
+    keep_every: int = key(
+        0,
+        "keep_last never removes those of every so many iterations, nor the best one; 0: no others",
+        "iterations",
+        within="[0, inf)",
+    )
+    verify: str = key(
+        "checksums",
+        "what is held against a checkpoint's manifest when it is loaded",
+        choices=("checksums", "sizes"),
+    )
+    strict: bool = key(
+        False, "refuse to start if the newest checkpoint is damaged, instead of taking the newest good one"
     )
 
 
@@ -310,6 +371,19 @@ class LoggingConfig:
         "Weights & Biases; auto: online where an API key is set, offline otherwise",
         choices=("auto", "online", "offline", "disabled"),
     )
+    slow_rank_factor: float = key(
+        1.5,
+        "name the host of a rank that computes so many times as long as the median rank; 0: none",
+        within="[0, inf)",
+    )
+    profile_step_start: int = key(
+        0, "first iteration that torch's profiler records; 0: none", "iterations", within="[0, inf)"
+    )
+    profile_step_end: int = key(0, "the last one", "iterations", within="[0, inf)")
+    profile_ranks: list[int] = key([0], "ranks that it records")
+    memory_history: bool = key(
+        False, "record every allocation of a GPU, for the snapshot that is written when memory runs out"
+    )
     wandb_project: str = key("megatsp", "W&B project")
     wandb_entity: str = key("", "W&B user or team; empty: the key's default")
 
@@ -323,6 +397,14 @@ class LaunchConfig:
         "auto", "where to compute; auto: a GPU if there is one", choices=("auto", "cpu", "cuda")
     )
     timeout_s: int = key(600, "longest wait for another rank in a collective", "seconds", within="[1, inf)")
+    max_restarts: int = key(
+        3,
+        "times in a row that local ranks are started again after one died, without a new checkpoint",
+        within="[0, inf)",
+    )
+    restart_backoff_s: float = key(
+        5.0, "wait before the first of them; it doubles each time, up to 300", "seconds", within="[0, inf)"
+    )
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from megatsp.bench.results import Report, Row
 from megatsp.bench.runner import Settings, memory_of, plan, reason, run
 from megatsp.bench.schemes import Case, Scheme
 from megatsp.bench.table import render
+from megatsp.checkpoint.paths import replace_text
 from megatsp.launcher import INTERRUPTED
-from megatsp.training.checkpoint import replace_text
 from megatsp.training.flops import flops_per_token
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatsp.checkpoint.store import read_state
 from megatsp.compose import from_yaml
 from megatsp.hf.adapter_config import check_options, check_targets, config_of, matrices, scales
 from megatsp.hf.checkpoint import check_fingerprint, expected_shapes, open_checkpoint, read_json, shown
@@ -23,7 +24,6 @@ from megatsp.hf.verify import Report
 from megatsp.model.gpt import adapter_shapes
 from megatsp.nearest import did_you_mean
 from megatsp.schema import MATRICES, Config, ModelConfig
-from megatsp.training.checkpoint import read_state
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"

@@ -146,7 +146,7 @@ def checkpoint_of(path: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    from megatsp.training.checkpoint import latest
+    from megatsp.checkpoint.paths import latest
 
     if (path / "state.json").is_file():
         return path

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatsp.checkpoint.paths import TOKENIZER
+from megatsp.checkpoint.store import read_state
 from megatsp.compose import from_yaml
 from megatsp.data.tokenizer import load_tokenizer
 from megatsp.data.tokenizer.base import MANIFEST as OUR_TOKENIZER
@@ -21,7 +23,6 @@ from megatsp.hf.safetensors_file import DTYPES, SHORT
 from megatsp.hf.source import CheckpointSource, HFSource, TensorSource
 from megatsp.hf.verify import VERIFICATION, Report, verify_alone
 from megatsp.schema import Config
-from megatsp.training.checkpoint import TOKENIZER, read_state
 
 LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as a config.json spells them
 _HEADERS = {short: name for name, short in SHORT.items()}

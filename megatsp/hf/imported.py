@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from megatsp.checkpoint.paths import LATEST, TOKENIZER, folder_of
+from megatsp.checkpoint.state import RunState
 from megatsp.compose import to_yaml
 from megatsp.data.tokenizer import Tokenizer, load_tokenizer
 from megatsp.hf.checkpoint import HFCheckpoint, open_checkpoint
@@ -14,7 +16,6 @@ from megatsp.hf.output import check_output, whole_folder, write_weights
 from megatsp.hf.source import CheckpointSource, HFSource
 from megatsp.hf.verify import VERIFICATION, Report, verify_alone
 from megatsp.schema import Config, DataConfig, TrainerConfig
-from megatsp.training.checkpoint import LATEST, TOKENIZER, RunState, folder_of
 
 MAX_FILE_BYTES = 2_000_000_000
 

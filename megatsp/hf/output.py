@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatsp.checkpoint.paths import sync
 from megatsp.hf.safetensors_file import DTYPES, TensorWriter
 from megatsp.hf.source import TensorSource
-from megatsp.training.checkpoint import sync
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers' save_pretrained
 _QUIET_BYTES = 1 << 30  # less takes no time that needs a bar

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatsp.axes import Axes
+from megatsp.checkpoint import store
+from megatsp.checkpoint.paths import replace_text
 from megatsp.data.tokenizer import Tokenizer, load_tokenizer
 from megatsp.hf.checkpoint import HFCheckpoint, check_fingerprint, open_checkpoint
 from megatsp.hf.kept import kept_files
@@ -12,8 +14,6 @@ from megatsp.hf.load import load_weights
 from megatsp.hf.verify import VERIFICATION, Report, verify_on_mesh
 from megatsp.model.gpt import GPT
 from megatsp.schema import Config
-from megatsp.training import checkpoint
-from megatsp.training.checkpoint import replace_text
 
 
 class Base:
@@ -35,7 +35,7 @@ class Base:
         self.report: Report | None = None
         if resumed_from is not None:
             check_fingerprint(
-                self.source, config.finetune.hf, checkpoint.read_state(resumed_from).base_fingerprint
+                self.source, config.finetune.hf, store.read_state(resumed_from).base_fingerprint
             )
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ValueError(
@@ -97,5 +97,5 @@ def load_base(config: Config, found: Path, gpt: GPT) -> None:
         ValueError: finetune.hf cannot be read, or is not what the run tunes.
     """
     source = open_checkpoint(config.finetune.hf, hashes=False)
-    check_fingerprint(source, config.finetune.hf, checkpoint.read_state(found).base_fingerprint)
+    check_fingerprint(source, config.finetune.hf, store.read_state(found).base_fingerprint)
     load_weights(source, gpt)

@@ -4,8 +4,9 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from megatsp.checkpoint.paths import BEST, folder_of, replace_text
+from megatsp.checkpoint.state import RunState
 from megatsp.schema import Config
-from megatsp.training.checkpoint import BEST, RunState, folder_of, replace_text
 
 
 def judge(state: RunState, loss: float) -> RunState:

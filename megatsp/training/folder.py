@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatsp.checkpoint import paths, store
 from megatsp.compose import from_yaml
 from megatsp.schema import Config
-from megatsp.training import checkpoint
 from megatsp.training.logs import read_metrics
 
 LOCK = ".lock"
@@ -44,7 +44,7 @@ def find_checkpoint(config: Config) -> Path | None:
     fix = f"choose another name= (or output_dir=), or remove {folder} yourself"
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} exists and is not a run of megatsp: {fix}")
-    found = checkpoint.latest(folder / "checkpoints")
+    found = paths.latest(folder / "checkpoints")
     if found is None:
         if not _has_metrics(folder):
             return None  # it ended before its first log line: there is nothing to lose
@@ -53,7 +53,7 @@ def find_checkpoint(config: Config) -> Path | None:
     if not saved.is_file():
         raise ValueError(f"{found} is damaged: config.yaml is missing; restore it, or {fix}")
     old = from_yaml(saved.read_text())
-    is_import = found == checkpoint.folder_of(folder / "checkpoints", 0)  # nothing was trained yet
+    is_import = found == paths.folder_of(folder / "checkpoints", 0)  # nothing was trained yet
     changed = [
         f"{path}: {before!r} there, {now!r} now"
         for key in (("model",) if is_import else FROZEN)
@@ -74,7 +74,7 @@ def check_data(config: Config, found: Path, data_key: str) -> None:
     Raises:
         ValueError: it did not: its cursor would mean other samples.
     """
-    saved = checkpoint.read_state(found).data_key
+    saved = store.read_state(found).data_key
     if not saved or saved == data_key:
         return
     old = from_yaml((found / "config.yaml").read_text())

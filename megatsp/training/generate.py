@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatsp.axes import Axes, choose_device, join
+from megatsp.checkpoint import paths, store
 from megatsp.compose import from_yaml
 from megatsp.data.tokenizer import Tokenizer
 from megatsp.model.gpt import GPT, local
 from megatsp.model.parallelize import build_model
 from megatsp.schema import ParallelConfig
-from megatsp.training import checkpoint
 from megatsp.training.base import load_base
 from megatsp.tsp.norm import rms_norm
 from megatsp.tsp.partition import local_positions, take_local
@@ -37,15 +37,15 @@ def main(
             one that it was trained with, or its model does not split over these ranks.
     """
     checkpoints = run_folder / "checkpoints"
-    if which == "last" and checkpoint.latest(checkpoints) is None:
+    if which == "last" and paths.latest(checkpoints) is None:
         raise ValueError(f"{run_folder} has no checkpoint: train it first, or give another run's folder")
-    found = checkpoint.chosen(checkpoints, which)
+    found = paths.chosen(checkpoints, which)
     config = from_yaml((found / "config.yaml").read_text())
     if base:
         if not config.finetune.lora_rank:
             raise ValueError(f"--base {base}: {found} has no adapters, its weights are whole; leave it out")
         config = replace(config, finetune=replace(config.finetune, hf=base))
-    tokenizer = checkpoint.load_tokenizer_of(found, config.data.tokenizer)
+    tokenizer = store.load_tokenizer_of(found, config.data.tokenizer)
     device = choose_device(config.launch.device)
     join(device, config.launch.timeout_s)
     try:
@@ -55,7 +55,7 @@ def main(
         gpt = build_model(config, axes)
         if config.finetune.lora_rank:  # the checkpoint holds adapters alone
             load_base(config, found, gpt)
-        checkpoint.load(found, gpt, {})
+        store.load(found, gpt, {})
         text = generate(gpt, axes, tokenizer, prompt, tokens, temperature, seed, config.trainer.seq_length)
         if dist.get_rank() == 0:
             print(text, flush=True)

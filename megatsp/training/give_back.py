@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatsp.checkpoint import paths
+from megatsp.checkpoint.paths import replace_text
 from megatsp.schema import Config
-from megatsp.training import checkpoint
-from megatsp.training.checkpoint import replace_text
 from megatsp.training.folder import run_folder
 
 MODEL, ADAPTER, RECORD = "hf", "adapter", "export.json"
@@ -30,8 +30,8 @@ def give_back(config: Config, again: bool) -> None:
     if finetune.export == "none":
         return
     checkpoints = run / "checkpoints"
-    best = checkpoint.best(checkpoints) if finetune.export == "best" else None
-    found = best or checkpoint.chosen(checkpoints, "last")
+    best = paths.best(checkpoints) if finetune.export == "best" else None
+    found = best or paths.chosen(checkpoints, "last")
     writers = _writers(config, found)
     record = {"checkpoint": found.name, "dtype": finetune.export_dtype, "folders": list(writers)}
     before = _read_record(run)

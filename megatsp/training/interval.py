@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatsp.axes import Axes
+from megatsp.checkpoint.state import RunState
 from megatsp.schema import Config
-from megatsp.training.checkpoint import RunState
 from megatsp.training.flops import flops, peak_tflops
 from megatsp.training.memory import peak_memory_gib
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatsp.checkpoint.paths import replace_text
 from megatsp.schema import Config
-from megatsp.training.checkpoint import replace_text
 
 Metrics = Mapping[str, float | int | None]
 

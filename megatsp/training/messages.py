@@ -6,13 +6,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatsp.axes import Axes
+from megatsp.checkpoint.state import RunState
 from megatsp.data.blend import Blend, Draw
 from megatsp.data.loader import Share
 from megatsp.data.splits import Splits
 from megatsp.kernels import resolve
 from megatsp.model.gpt import GPT
 from megatsp.schema import Config
-from megatsp.training.checkpoint import RunState
 from megatsp.training.folder import run_folder
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatsp.axes import Axes, choose_device, join
+from megatsp.checkpoint import paths, store
+from megatsp.checkpoint.state import RunState
 from megatsp.compose import to_yaml
 from megatsp.data.blend import Blend
 from megatsp.data.loader import Loader, Share
@@ -22,10 +24,8 @@ from megatsp.hf.kept import stored_files
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import build_model
 from megatsp.schema import Config
-from megatsp.training import checkpoint
 from megatsp.training.base import Base
 from megatsp.training.best import check_best, is_exhausted, judge, point_to_best
-from megatsp.training.checkpoint import RunState
 from megatsp.training.evaluate import evaluate
 from megatsp.training.flops import attended_pairs
 from megatsp.training.folder import check_data, find_checkpoint, lock, run_folder
@@ -76,7 +76,7 @@ class Training:
         self.folder = run_folder(config)
         self.resumed_from = find_checkpoint(config)
         if self.resumed_from is not None:
-            checkpoint.check_tokenizer(self.resumed_from, self.tokenizer)
+            store.check_tokenizer(self.resumed_from, self.tokenizer)
             check_data(config, self.resumed_from, self.data.key)
         self.base = Base(config, self.resumed_from, self.tokenizer) if config.finetune.hf else None
         dist.barrier()  # every rank has looked before one writes
@@ -94,7 +94,7 @@ class Training:
             self.base.fill(self.gpt, self.axes, is_new=self.resumed_from is None)
             self.state = replace(self.state, base_fingerprint=self.base.source.fingerprint)
         if self.resumed_from is not None:
-            saved = checkpoint.load(self.resumed_from, self.gpt, self.optimizer.tensors())
+            saved = store.load(self.resumed_from, self.gpt, self.optimizer.tensors())
             self.state = replace(saved, data_key=self.data.key)  # the same, or not known then
             self.optimizer.loaded(self.state.iteration)
             self.saved_at = self.state.iteration
@@ -257,7 +257,7 @@ class Training:
             extra |= stored_files(self.resumed_from)  # of an imported run
         checkpoints, tensors = self.folder / "checkpoints", self.optimizer.tensors()
         self.saved_at = self.state.iteration
-        saved = checkpoint.save(checkpoints, self.state, self.gpt, tensors, extra, self.tokenizer)
+        saved = store.save(checkpoints, self.state, self.gpt, tensors, extra, self.tokenizer)
         if self.base is not None and self.is_first:
             point_to_best(checkpoints, self.state)
         return saved
@@ -272,7 +272,7 @@ class Training:
         if self.is_first:
             if find_checkpoint(self.config) != self.resumed_from:
                 raise ValueError(f"another run saved into {self.folder} meanwhile: start again")
-            checkpoint.replace_text(self.folder / "config.yaml", to_yaml(self.config))
+            paths.replace_text(self.folder / "config.yaml", to_yaml(self.config))
             if self.base is not None:
                 self.base.write_report(self.folder)
                 point_to_best(self.folder / "checkpoints", self.state)
@@ -281,7 +281,7 @@ class Training:
     def _sum_up(self) -> None:
         entries = read_metrics(self.folder / "metrics.jsonl")
         plot_loss(entries, self.folder / "loss.png", f"{self.config.name}, iteration {self.state.iteration}")
-        print(f" checkpoint: {checkpoint.folder_of(self.folder / 'checkpoints', self.saved_at)}")
+        print(f" checkpoint: {paths.folder_of(self.folder / 'checkpoints', self.saved_at)}")
         print(
             f" metrics:    {self.folder / 'metrics.jsonl'}\n plot:       {self.folder / 'loss.png'}",
             flush=True,

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatsp.axes import Axes
+from megatsp.checkpoint import store
+from megatsp.checkpoint.state import RunState
 from megatsp.compose import to_yaml
 from megatsp.hf.adapter import Merged, export_merged, own_adapter, read_adapter, write_adapter
 from megatsp.hf.checkpoint import open_checkpoint
@@ -25,8 +27,6 @@ from megatsp.model.gpt import GPT
 from megatsp.model.init import initial_slice
 from megatsp.model.parallelize import build_model
 from megatsp.schema import MATRICES, Config, FinetuneConfig, ParallelConfig
-from megatsp.training import checkpoint
-from megatsp.training.checkpoint import RunState
 from megatsp.training.optimizer import AdamW
 
 # The base, what is adapted, and the mesh that saves: an odd mix, tied and biased models among them.
@@ -72,7 +72,7 @@ def rank_save(jobs: list[tuple[Path, Path, FinetuneConfig, dict]]) -> list[Tenso
         randomise(gpt)
         extra = {"config.yaml": to_yaml(config).encode()}
         state = RunState(iteration=1, base_fingerprint=source.fingerprint)
-        checkpoint.save(run, state, gpt, AdamW(gpt, config.optimizer).tensors(), extra)
+        store.save(run, state, gpt, AdamW(gpt, config.optimizer).tensors(), extra)
         found.append(logits(gpt, axes, ids()))
     return found
 

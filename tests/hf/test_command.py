@@ -12,11 +12,11 @@ from runs import overrides, train_on_ranks, write_corpus
 from safetensors.torch import load_file
 
 from megatsp import cli
+from megatsp.checkpoint import paths, store
 from megatsp.compose import from_yaml
 from megatsp.hf.command import parse_bytes
 from megatsp.hf.hashes import check_hashes, expected_hashes
 from megatsp.hf.output import plan_files, whole_folder
-from megatsp.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,11 @@ def test_import(run, hf, capsys):
     printed = capsys.readouterr().out
     assert "31 rows of its embedding have no token" in printed
     assert "the same" in printed and "done in" in printed
-    folder = checkpoint.latest(run / "checkpoints")
+    folder = paths.latest(run / "checkpoints")
     assert folder is not None and folder.name == "iter_0000000"
-    assert checkpoint.read_state(folder).iteration == 0
+    assert store.read_state(folder).iteration == 0
     assert json.loads((folder / "verification.json").read_text())["passed"]
-    assert checkpoint.load_tokenizer_of(folder, "").vocab_size == 100
+    assert store.load_tokenizer_of(folder, "").vocab_size == 100
     assert (folder / "hf" / "config.json").read_text() == (hf / "config.json").read_text()
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml"]
 

@@ -10,6 +10,7 @@ from hf_models import CASES, ids, make, reference
 from safetensors.torch import load_file
 
 from megatsp.axes import Axes
+from megatsp.checkpoint import paths, state, store
 from megatsp.compose import to_yaml
 from megatsp.hf.checkpoint import open_checkpoint
 from megatsp.hf.export import export
@@ -19,7 +20,6 @@ from megatsp.hf.logits import logits
 from megatsp.hf.verify import verify_on_mesh
 from megatsp.model.parallelize import build_model
 from megatsp.schema import Config, ParallelConfig, TrainerConfig
-from megatsp.training import checkpoint as checkpoints
 from megatsp.validate import validate
 
 
@@ -49,7 +49,7 @@ def rank_errors(cases: list[tuple[Path, torch.Tensor, dict, Path]]) -> list[floa
         load_weights(open_checkpoint(str(folder)), gpt)
         found = logits(gpt, axes, ids())
         errors.append(((found - expected).abs().max() / expected.abs().max()).item())
-        checkpoints.save(run, checkpoints.RunState(), gpt, {}, {})
+        store.save(run, state.RunState(), gpt, {}, {})
     return errors
 
 
@@ -63,7 +63,7 @@ def check(folders, tmp_path, world_size, meshes):
         over = {f"{name} {mesh}": e for (name, mesh), e in zip(jobs, errors, strict=True) if not e <= 1e-5}
         assert not over
     for (name, mesh), (folder, _, _, run) in zip(jobs, cases, strict=True):
-        saved = checkpoints.folder_of(run, 0)
+        saved = paths.folder_of(run, 0)
         config = config_for(folder, world_size, mesh)
         for path, content in {
             **kept_files(open_checkpoint(str(folder))),
@@ -111,7 +111,7 @@ def as_checkpoint(run: Path, folder: Path, config: Config) -> Path:
     from megatsp.hf.output import write_weights
     from megatsp.hf.source import HFSource
 
-    saved, opened = checkpoints.folder_of(run, 0), open_checkpoint(str(folder))
+    saved, opened = paths.folder_of(run, 0), open_checkpoint(str(folder))
     saved.mkdir(parents=True)
     write_weights(saved, HFSource(opened), opened.dtypes, 10**9, lambda i, n: f"shard-{i}.safetensors", {})
     for path, content in kept_files(opened).items():
@@ -120,7 +120,7 @@ def as_checkpoint(run: Path, folder: Path, config: Config) -> Path:
     (saved / "config.yaml").write_text(to_yaml(config))
     import json
 
-    (saved / "state.json").write_text(json.dumps(asdict(checkpoints.RunState())))
+    (saved / "state.json").write_text(json.dumps(asdict(state.RunState())))
     return saved
 
 

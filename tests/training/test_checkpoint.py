@@ -12,11 +12,13 @@ import torch
 from distributed import run_distributed
 from runs import files, full_state, overrides, start_training, write_corpus
 
+from megatsp.checkpoint import paths, store
+from megatsp.checkpoint.paths import LATEST, folder_of
+from megatsp.checkpoint.state import RunState
+from megatsp.checkpoint.store import read_state
 from megatsp.compose import compose
 from megatsp.data.tokenizer import ByteTokenizer
 from megatsp.schema import Config
-from megatsp.training import checkpoint
-from megatsp.training.checkpoint import LATEST, RunState, folder_of, read_state
 
 State = dict[str, torch.Tensor]
 
@@ -174,7 +176,7 @@ def load_other_tensors(folder: Path, config: Config) -> str:
     training = start_training(config)
     wanted = {**training.optimizer.tensors(), "optimizer.exp_avg.rotor": torch.zeros(3)}
     with pytest.raises(ValueError, match="does not fit this model") as caught:
-        checkpoint.load(folder, training.gpt, wanted)
+        store.load(folder, training.gpt, wanted)
     return str(caught.value)
 
 
@@ -195,15 +197,15 @@ def save_and_be_interrupted(config: Config, folder: Path) -> None:
     """On a rank: a save that fails on the way, after one that succeeded."""
     training = start_training(config)
     tensors = training.optimizer.tensors()
-    checkpoint.save(folder, RunState(iteration=1), training.gpt, tensors, {"config.yaml": b"first"})
+    store.save(folder, RunState(iteration=1), training.gpt, tensors, {"config.yaml": b"first"})
     before = files(folder)
     with pytest.raises(TypeError):
-        checkpoint.save(folder, RunState(iteration=1), training.gpt, tensors, {"config.yaml": None})
+        store.save(folder, RunState(iteration=1), training.gpt, tensors, {"config.yaml": None})
     after = {name: entry for name, entry in files(folder).items() if not name.startswith("iter_0000001.tmp")}
     assert after == before
-    assert checkpoint.latest(folder) == folder / "iter_0000001"
+    assert paths.latest(folder) == folder / "iter_0000001"
     # The same iteration again: what was left lying about is swept away, the old one replaced.
-    checkpoint.save(folder, RunState(iteration=1), training.gpt, tensors, {"config.yaml": b"second"})
+    store.save(folder, RunState(iteration=1), training.gpt, tensors, {"config.yaml": b"second"})
     assert (folder / "iter_0000001" / "config.yaml").read_text() == "second"
     assert sorted(path.name for path in folder.iterdir()) == ["iter_0000001", LATEST]
 

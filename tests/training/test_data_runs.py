@@ -17,12 +17,12 @@ from dense import DenseGPT
 from distributed import run_distributed
 from runs import command, losses, overrides, start_training, train_on_ranks, write_corpus
 
+from megatsp.checkpoint.paths import LATEST
 from megatsp.compose import compose
 from megatsp.data.loader import read_batch
 from megatsp.data.splits import load_splits
 from megatsp.data.tokenizer import ByteTokenizer
 from megatsp.schema import Config
-from megatsp.training.checkpoint import LATEST
 
 PACKED = ("data.packing=best_fit", "optimizer.lr=0.005")
 

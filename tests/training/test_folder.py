@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from runs import files
 
+from megatsp.checkpoint.paths import LATEST, folder_of
 from megatsp.compose import to_yaml
 from megatsp.schema import Config
-from megatsp.training.checkpoint import LATEST, folder_of
 from megatsp.training.folder import find_checkpoint, lock, run_folder
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from tuning import T, prepare_chats, save_checkpoint
 
+from megatsp.checkpoint.paths import folder_of, latest
 from megatsp.compose import compose
 from megatsp.hf.checkpoint import open_checkpoint
 from megatsp.hf.imported import import_run
 from megatsp.schema import Config
-from megatsp.training.checkpoint import folder_of, latest
 
 
 def first_and_trained(config: Config) -> tuple[dict[str, torch.Tensor], int]:

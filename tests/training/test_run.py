@@ -15,13 +15,14 @@ from distributed import run_distributed
 from runs import ROOT, files, full_state, losses, overrides, start_training, train_on_ranks, write_corpus
 from safetensors.torch import load_file
 
+from megatsp.checkpoint.paths import LATEST
+from megatsp.checkpoint.store import read_state
 from megatsp.compose import compose
 from megatsp.data.blend import Draw
 from megatsp.data.loader import read_batch
 from megatsp.data.splits import Splits, load_splits
 from megatsp.data.tokenizer import ByteTokenizer
 from megatsp.schema import Config
-from megatsp.training.checkpoint import LATEST, read_state
 from megatsp.training.interval import Interval
 from megatsp.training.logs import read_metrics
 

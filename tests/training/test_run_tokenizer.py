@@ -10,10 +10,10 @@ from runs import command, overrides, train_on_ranks, write_corpus
 from texts import CORPUS
 from tokenizers import models, pre_tokenizers, trainers
 
+from megatsp.checkpoint import store
 from megatsp.compose import compose
 from megatsp.data.indexed import IndexedWriter
 from megatsp.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
-from megatsp.training import checkpoint
 from megatsp.training.folder import find_checkpoint
 from megatsp.training.generate import main as generate
 
@@ -66,7 +66,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
         first.fingerprint,
     )
     (found / "state.json").write_text(json.dumps(state))
-    checkpoint.check_tokenizer(found, second)
+    store.check_tokenizer(found, second)
 
 
 def test_generate_needs_nothing_but_the_checkpoint(tmp_path):
@@ -85,7 +85,7 @@ def test_generate_needs_nothing_but_the_checkpoint(tmp_path):
     (found / "tokenizer").rmdir()
     old = state | {"files": {}, "tokenizer": "", "tokenizer_fingerprint": ""}
     (found / "state.json").write_text(json.dumps(old))
-    assert checkpoint.load_tokenizer_of(found, "gone").fingerprint == tokenizer.fingerprint
+    assert store.load_tokenizer_of(found, "gone").fingerprint == tokenizer.fingerprint
     # Another one in its place is found out, before any rank starts to work.
     train_bpe(CORPUS[1:], 300, found / "tokenizer.json")
     (found / "state.json").write_text(json.dumps(state | {"files": {}}))
@@ -108,7 +108,7 @@ def test_a_checkpoint_whose_tokenizer_is_damaged_is_refused(tmp_path):
     write_corpus(tmp_path / "corpus")
     train_on_ranks(1, overrides(tmp_path / "corpus", tmp_path, *SHORT))
     found = tmp_path / "run" / "checkpoints" / "iter_0000002"
-    assert checkpoint.load_tokenizer_of(found, "byte").fingerprint == ByteTokenizer().fingerprint
+    assert store.load_tokenizer_of(found, "byte").fingerprint == ByteTokenizer().fingerprint
     (found / "tokenizer" / "megatsp_tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"is damaged: tokenizer/megatsp_tokenizer\.json, .*is missing"):
-        checkpoint.read_state(found)
+        store.read_state(found)

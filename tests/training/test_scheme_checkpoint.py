@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatsp.axes import Axes
+from megatsp.checkpoint import store
+from megatsp.checkpoint.paths import folder_of
+from megatsp.checkpoint.state import RunState
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import build_model
-from megatsp.training import checkpoint
-from megatsp.training.checkpoint import RunState, folder_of
 from megatsp.training.optimizer import AdamW
 
 # By ranks. FFN 107 and vocabulary 131 are uneven over tp, h over FSDP's ranks, within tsp's shards too.
@@ -87,7 +88,7 @@ def save_all(folder: Path, width: int, world_size: int) -> None:
         for key, moment in moments.items():
             assert isinstance(moment, DTensor)
             moment.to_local().copy_(shard_of(whole[key], moment))
-        checkpoint.save(folder / name, RunState(iteration=1), gpt, moments, {})
+        store.save(folder / name, RunState(iteration=1), gpt, moments, {})
 
 
 def load_all(folder: Path, width: int, world_size: int, saved: Sequence[str]) -> list[str]:
@@ -99,7 +100,7 @@ def load_all(folder: Path, width: int, world_size: int, saved: Sequence[str]) ->
         for other in saved:
             for _, tensor in shards(gpt, moments):
                 tensor.to_local().fill_(float("nan"))
-            checkpoint.load(folder_of(folder / other, 1), gpt, moments)
+            store.load(folder_of(folder / other, 1), gpt, moments)
             wrong += [f"{other} -> {name}: {key}" for key, tensor in shards(gpt, moments)
                       if not torch.equal(tensor.to_local(), shard_of(whole[key], tensor))]  # fmt: skip
     return wrong

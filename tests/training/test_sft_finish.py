@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuning import T, prepare_chats, save_checkpoint, tuning
 
+from megatsp.checkpoint import paths
+from megatsp.checkpoint.paths import BEST, LATEST, folder_of
+from megatsp.checkpoint.state import RunState
+from megatsp.checkpoint.store import read_state
 from megatsp.schema import Config
-from megatsp.training import checkpoint
 from megatsp.training.best import judge, point_to_best
-from megatsp.training.checkpoint import BEST, LATEST, RunState, folder_of, read_state
 from megatsp.training.generate import next_token_logits
 from megatsp.training.give_back import give_back
 from megatsp.training.logs import read_metrics
@@ -100,9 +102,9 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(runs, folder)
     state = runs["whole"]["state"]
     assert runs["whole"]["ended"] and (state.best_loss, state.best_iteration) == best
     checkpoints = folder / "whole" / "checkpoints"
-    assert checkpoint.best(checkpoints) == folder_of(checkpoints, state.best_iteration)
-    assert checkpoint.chosen(checkpoints, "best") == checkpoint.best(checkpoints)
-    assert checkpoint.latest(checkpoints) == folder_of(checkpoints, 6)
+    assert paths.best(checkpoints) == folder_of(checkpoints, state.best_iteration)
+    assert paths.chosen(checkpoints, "best") == paths.best(checkpoints)
+    assert paths.latest(checkpoints) == folder_of(checkpoints, 6)
     lowest = [i for i in losses if i and all(losses[i] < losses[j] for j in losses if 0 < j < i)]
     saved = {folder_of(checkpoints, i) for i in [*lowest, 6]}
     assert {*checkpoints.glob("iter_*")} == saved and len(saved) < 4
@@ -211,17 +213,17 @@ def test_the_pointer_to_the_best(tmp_path):
     (tmp_path / "iter_0000010").mkdir()
     (tmp_path / "iter_0000010" / "state.json").write_text("{}")
     point_to_best(tmp_path, RunState(best_iteration=10))
-    assert checkpoint.best(tmp_path) == tmp_path / "iter_0000010"
+    assert paths.best(tmp_path) == tmp_path / "iter_0000010"
     (tmp_path / BEST).write_text("30")
     with pytest.raises(ValueError, match=f"{BEST} says '30', but there is no such checkpoint"):
-        checkpoint.chosen(tmp_path, "best")
+        paths.chosen(tmp_path, "best")
     point_to_best(tmp_path, RunState(best_iteration=20))  # its checkpoint is gone
     assert not (tmp_path / BEST).exists()
     with pytest.raises(ValueError, match="has no checkpoint best: only `megatsp sft` with validation data"):
-        checkpoint.chosen(tmp_path, "best")
+        paths.chosen(tmp_path, "best")
     with pytest.raises(ValueError, match=r"has no checkpoint 7 \(there: iter_0000010\)"):
-        checkpoint.chosen(tmp_path, "7")
-    assert checkpoint.chosen(tmp_path, "10") == tmp_path / "iter_0000010"
+        paths.chosen(tmp_path, "7")
+    assert paths.chosen(tmp_path, "10") == tmp_path / "iter_0000010"
 
 
 def refused(configs: list[Config]) -> list[str]:

@@ -14,12 +14,11 @@ mesh loads what any other saved. Only what is trained is saved: of a run with ad
 """
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -29,89 +28,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from megatsp.checkpoint.paths import LATEST, TOKENIZER, folder_of, replace_text, sync
+from megatsp.checkpoint.state import RunState
 from megatsp.data.tokenizer import Tokenizer, load_tokenizer
 
-TOKENIZER = "tokenizer"  # the folder in a checkpoint
-LATEST = "latest_checkpointed_iteration.txt"
-BEST = "best_checkpointed_iteration.txt"
 _OTHER = f"restore it, or write the iteration of another checkpoint into {LATEST} beside it"
-
-
-@dataclass(frozen=True)
-class RunState:
-    """Where a run stands, beside its tensors.
-
-    tokenizer, tokenizer_fingerprint: of the run; empty in checkpoints of versions that did not store them.
-    base_fingerprint: of the Hugging Face checkpoint that is tuned; empty: first weights.
-    best_loss, best_iteration: the lowest validation loss of tuned weights, and when; iteration 0: none yet.
-    evaluations_without_gain: since then.
-    files: of the checkpoint, with their sizes in bytes.
-    """
-
-    iteration: int = 0
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
-    wandb_run_id: str = ""
-    tokenizer: str = ""
-    tokenizer_fingerprint: str = ""
-    data_key: str = ""  # of the samples and their order; empty: not known
-    base_fingerprint: str = ""
-    best_loss: float = 0.0
-    best_iteration: int = 0
-    evaluations_without_gain: int = 0
-    files: dict[str, int] = field(default_factory=dict, compare=False)
-
-
-def folder_of(checkpoints: Path, iteration: int) -> Path:
-    return checkpoints / f"iter_{iteration:07d}"
-
-
-def latest(checkpoints: Path) -> Path | None:
-    """The newest checkpoint of a run, or None if it has none.
-
-    Raises:
-        ValueError: the pointer names a checkpoint that is not there.
-    """
-    return _pointed_to(checkpoints / LATEST)
-
-
-def best(checkpoints: Path) -> Path | None:
-    """The checkpoint of a fine-tuning's lowest validation loss, or None if nothing was evaluated.
-
-    Raises:
-        ValueError: the pointer names a checkpoint that is not there.
-    """
-    return _pointed_to(checkpoints / BEST)
-
-
-def chosen(checkpoints: Path, which: str) -> Path:
-    """A run's checkpoint. which: last, best, or an iteration in digits.
-
-    Raises:
-        ValueError: there is no such checkpoint.
-    """
-    folder = latest(checkpoints) if which == "last" else best(checkpoints) if which == "best" else None
-    if which.isdecimal() and (folder_of(checkpoints, int(which)) / "state.json").exists():
-        folder = folder_of(checkpoints, int(which))
-    if folder is None:
-        there = ", ".join(sorted(path.name for path in checkpoints.glob("iter_*"))) or "none"
-        why = ": only `megatsp sft` with validation data keeps one" if which == "best" else ""
-        raise ValueError(f"{checkpoints} has no checkpoint {which}{why} (there: {there})")
-    return folder
-
-
-def _pointed_to(pointer: Path) -> Path | None:
-    checkpoints = pointer.parent
-    if not pointer.exists():
-        return None
-    text = pointer.read_text().strip()
-    folder = folder_of(checkpoints, int(text)) if text.isdigit() else None
-    if folder is None or not (folder / "state.json").exists():
-        raise ValueError(
-            f"{pointer} says {text!r}, but there is no such checkpoint beside it: write the number of one "
-            f"that exists into it ({', '.join(sorted(p.name for p in checkpoints.glob('iter_*'))) or 'none'})"
-        )
-    return folder
 
 
 def save(
@@ -242,15 +163,6 @@ def load_tokenizer_of(folder: Path, spec: str) -> Tokenizer:
     return tokenizer
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small file so that it is never half there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
-
-
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file under `folder`, by its path there."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -264,15 +176,6 @@ def _all_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
     # Not the compute dtype's copies, which FSDP shows while a module is gathered.
     assert all(weight.dtype == torch.float32 for weight in weights.values())
     return {**weights, **tensors}
-
-
-def sync(path: Path) -> None:
-    """Brings a file, or the list of a folder's files, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

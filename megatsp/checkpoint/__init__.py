@@ -1,0 +1,1 @@
+"""Checkpoints that any mesh loads and that are never half there."""
