@@ -9,6 +9,7 @@ from pathlib import Path
 from megatsp import __version__, launcher
 from megatsp.nearest import did_you_mean
 from megatsp.parser import Parser
+from megatsp.schema import Config
 
 USAGE = """\
 usage: megatsp COMMAND [arguments]
@@ -92,8 +93,22 @@ def _train(name: str, arguments: list[str]) -> int:
 
         train(config)
     else:
-        return _launch(config.launch.nproc, [name, *arguments])
+        restarts = launcher.Restarts(
+            config.launch.max_restarts, config.launch.restart_backoff_s, partial(_newest, config)
+        )
+        return _launch(config.launch.nproc, [name, *arguments], restarts)
     return 0
+
+
+def _newest(config: Config) -> int:
+    """The iteration of a run's newest checkpoint; -1 if there is none, or none can be read."""
+    from megatsp.checkpoint.paths import LATEST
+
+    pointer = Path(config.output_dir) / config.name / "checkpoints" / LATEST
+    try:
+        return int(pointer.read_text())
+    except (OSError, ValueError):
+        return -1
 
 
 def _generate(arguments: list[str]) -> int:
@@ -165,8 +180,8 @@ def _convert(arguments: list[str]) -> int:
     return run(arguments)
 
 
-def _launch(nproc: int, arguments: list[str]) -> int:
-    return launcher.launch_local(nproc, [sys.executable, "-m", "megatsp", *arguments])
+def _launch(nproc: int, arguments: list[str], restarts: launcher.Restarts | None = None) -> int:
+    return launcher.launch_local(nproc, [sys.executable, "-m", "megatsp", *arguments], restarts)
 
 
 def _join(environment: MutableMapping[str, str]) -> bool:
