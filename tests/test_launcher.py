@@ -253,7 +253,7 @@ def test_a_second_sigterm_stops_hard(start, tmp_path):
 def test_a_signal_ends_the_pause(start, tmp_path):
     job = start("killed,", limit="3", pause="200")
     line = ""
-    while "start again in 200 s" not in line:
+    while "start again in 200 s" not in line and job.process.poll() is None:
         line = job.process.stderr.readline()
     job.process.terminate()
     assert job.end() == (75, "")
