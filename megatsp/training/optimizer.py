@@ -129,20 +129,30 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 
     limit 0 only measures. A non-finite norm is returned and leaves the gradients as they are.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = gradient_norm(model)
+    scale_gradients(model, limit, norm)
+    return norm
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Global gradient norm over all ranks, fp32 scalar, the same to the bit everywhere."""
     by_copies: defaultdict[int, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        assert parameter.grad is not None
-        by_copies[_copies(parameter.grad)].append(_shard(parameter.grad))
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            by_copies[_copies(parameter.grad)].append(_shard(parameter.grad))
     squares = [get_total_norm(shards).square() / copies for copies, shards in by_copies.items()]
     square = torch.stack(squares).sum()
     # Every rank's part to every rank, in one sum: the norm is the same to the bit everywhere.
     dist.all_reduce(square)
-    norm = square.sqrt()
+    return square.sqrt()
+
+
+def scale_gradients(model: nn.Module, limit: float, norm: Tensor) -> None:
+    """Scales gradients of global norm `norm` so that it is at most `limit`; 0 or a non-finite norm: not."""
     if limit > 0:
+        parameters = [p for p in model.parameters() if p.grad is not None]
         # A norm of 0 scales nothing. No branch on the norm: a GPU would be waited for here.
         clip_grads_with_norm_(parameters, limit, norm.where(norm.isfinite(), 0.0))
-    return norm
 
 
 def _copies(tensor: Tensor) -> int:
