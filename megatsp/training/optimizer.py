@@ -60,17 +60,17 @@ class AdamW:
             self._optimizer = apex_adam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True)
         else:
             self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        self._reset(0)
+        self.reset()
 
-    def _reset(self, step: int) -> None:
-        """Gives every parameter zero moments, and all the counter `step`."""
+    def reset(self) -> None:
+        """Gives every parameter zero moments, and all the counter 0."""
         for handle in self._handles.values():
             self._optimizer.state[handle] = {m: torch.zeros_like(handle) for m in MOMENTS}
             if not self._fused_apex:
-                self._optimizer.state[handle]["step"] = torch.tensor(float(step), device=handle.device)
+                self._optimizer.state[handle]["step"] = torch.tensor(0.0, device=handle.device)
         if self._fused_apex:
             for group in self._optimizer.param_groups:
-                group["step"] = step
+                group["step"] = 0
 
     def step(self, lr: float) -> None:
         """One update at learning rate `lr` from the parameters' gradients, which it then drops."""
