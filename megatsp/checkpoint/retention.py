@@ -16,11 +16,11 @@ def retain(
 ) -> list[Path]:
     """Removes old checkpoints and returns their folders, oldest first; dry_run only returns them.
 
-    Those are older than the newest `keep_last` good ones, counted from what LATEST names. Good: with a manifest
-    to which its files' sizes fit, so that damaged ones keep none from being kept. Never removed: multiples of
-    `keep_every` (0: no others), those in `keep`, what LATEST and BEST name, and what is newer than LATEST.
-    keep_last 0 keeps all. A folder is renamed before its files go: half of one never looks like a checkpoint.
-    What an earlier call could not finish is removed too. On one rank.
+    Those are older than the newest `keep_last` good ones, counted from what LATEST names. Good: with a
+    manifest to which its files' sizes fit, so that no damaged one takes the place of a good one. Never
+    removed: multiples of `keep_every` (0: no others), those in `keep`, what LATEST and BEST name, and what is
+    newer than LATEST. keep_last 0 keeps all. A folder is renamed before its files go: half of one never looks
+    like a checkpoint. What an earlier call could not finish is removed too. On one rank.
 
     Raises:
         OSError: a folder cannot be read or removed.

@@ -66,11 +66,11 @@ class _Job:
 
 
 class Saver:
-    """A run's checkpoints, at most one in flight. All ranks make one, and call save and close in the same order.
+    """A run's saves, at most one in flight. All ranks make one, and call save and close in the same order.
 
-    A thread on every rank writes a copy; these speak with each other over a group of their own, so that they go
-    on whatever training does. One that fails on any rank fails on all. It is written again after a backoff,
-    which doubles, until it is whole or a newer save() takes its place.
+    A thread on every rank writes a copy; these speak with each other over a group of their own, so that they
+    go on whatever training does. A write that fails on any rank fails on all. It is tried again after a
+    backoff, which doubles, until it is whole or a newer save() takes its place.
     """
 
     def __init__(self, checkpoints: Path, config: CheckpointConfig, retry_s: float = 5.0) -> None:
@@ -95,8 +95,8 @@ class Saver:
     ) -> None:
         """Saves what the tensors are now; they may change once it returns. Waits for an earlier save.
 
-        tensors: by name, as `store.named_tensors` gives them. best: the iteration that BEST names once this one
-        is whole; 0: none; None: as it was. keep: further iterations that are not removed.
+        tensors: by name, as `store.named_tensors` gives them. best: the iteration that BEST names once this
+        one is whole; 0: none; None: as it was. keep: further iterations that are not removed.
         """
         since = time.perf_counter()
         self._gives_up = True  # a write that has failed, or does now
@@ -130,9 +130,9 @@ class Saver:
         return self._outcomes.popleft() if self._outcomes else None
 
     def close(self) -> Saved | Failed | None:
-        """Waits for the write in flight, tries one that failed a last time; what became of it. No save after it.
+        """Waits for the write in flight and tries one that failed a last time; returns what became of it.
 
-        None: nothing new since `collect`. Older news are left to that.
+        None: nothing new since `collect`, which has the older news. No save after it.
         """
         self._closes = True
         try:
@@ -178,7 +178,7 @@ class Saver:
                 if closes or isinstance(outcome, Saved):
                     return
                 waits = True
-        except BaseException as error:  # noqa: BLE001  # it is raised where training sees it
+        except BaseException as error:  # it is raised where training sees it
             self._error = error
 
     def _rest(self, seconds: float) -> tuple[bool, bool]:

@@ -1,7 +1,7 @@
 """What one rank writes of a state, copied to host memory: training may then change the tensors.
 
-torch's own StateDictStager copies by deepcopy: mesh, placements and whole storages, padding too. Here a part is
-a plain tensor with its place in the whole; no mesh or GPU is needed to write it.
+torch's own StateDictStager copies by deepcopy: meshes, and whole storages with what is padding. Here a part
+is a plain tensor with its place in the whole, which is written without a mesh or a GPU.
 """
 
 import math
@@ -23,25 +23,27 @@ _ALIGNMENT_BYTES = 64
 
 
 class HostPart(Tensor):
-    """One rank's part of a logical tensor, for torch's distributed checkpoint; shape and dtype are the whole's.
+    """One rank's part of a logical tensor, whose shape it says; it can be saved, and not computed with.
 
-    It can be saved, by the protocol that DTensor implements, and not computed with.
+    torch's distributed checkpoint takes it by the protocol that DTensor implements too.
     """
 
     part: Tensor | None  # None: this rank writes nothing of it
     _offsets: torch.Size
 
     @staticmethod
-    def __new__(cls, dtype: torch.dtype, shape: torch.Size, part: Tensor | None, offsets: Sequence[int]) -> Any:
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu")
+    def __new__(
+        cls, dtype: torch.dtype, shape: torch.Size, part: Tensor | None, offsets: Sequence[int]
+    ) -> Any:
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
         self.part, self._offsets = part, torch.Size(offsets)
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise AssertionError(f"{func} of a part that is only saved")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         part = None if self.part is None else tuple(self.part.shape)
         return f"HostPart({part} at {tuple(self._offsets)} of {tuple(self.shape)})"
 
