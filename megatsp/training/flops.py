@@ -40,6 +40,13 @@ def attended_pairs(first: Tensor) -> int:
     return int((positions - first + 1).sum())
 
 
+def own_pairs(batches: Sequence[Batch], share: Share, axes: Axes, length: int) -> float:
+    """This rank's share of the pairs of tokens that attend to each other, in samples of `length` tokens."""
+    sharers = dist.get_world_size() // axes.dp_size
+    plain = share.micro_batch_size * length * length / 2  # as `flops_per_token` counts
+    return sum(plain if first is None else attended_pairs(first) for *_, first in batches) / sharers
+
+
 def peak_tflops(device: torch.device) -> float | None:
     """The device's bf16 peak, or None where it is not known (a CPU, another GPU)."""
     if device.type != "cuda":

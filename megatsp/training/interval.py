@@ -10,7 +10,7 @@ from megatsp.axes import Axes
 from megatsp.checkpoint.state import RunState
 from megatsp.comm import Traffic
 from megatsp.schema import Config
-from megatsp.training.bad_steps import Verdict
+from megatsp.training.bad_steps import Back, Verdict
 from megatsp.training.flops import flops, peak_tflops
 from megatsp.training.memory import peak_memory_gib
 
@@ -20,7 +20,7 @@ class StepResult:
     """One step, as all ranks know it, but wait_ms: how long this rank waited for its batches.
 
     pairs: of tokens that attended to each other, in all samples. lines: what the log says of it. asked,
-    finished: ranks that were asked to end, and that have news of a save.
+    finished: ranks that were asked to end, and that have news of a save. back: where a rollback goes.
     """
 
     loss: float
@@ -33,6 +33,7 @@ class StepResult:
     lines: tuple[str, ...]
     asked: float
     finished: float
+    back: Back | None = None
 
 
 class Interval:

@@ -67,22 +67,29 @@ class Saves:
     def wait(self, state: RunState, reporter: Reporter) -> RunState:
         """Until nothing is in flight; one that failed is given up. Returns the state as `report` does."""
         self._saver.settle()
-        return self.report(state, reporter)
+        while self._saver.finished:
+            state = self.report(state, reporter)
+        return state
 
     def report(self, state: RunState, reporter: Reporter) -> RunState:
-        """Says and logs what became of saves; on all ranks, once all are `finished`.
+        """Says and logs what became of a save; on all ranks, once all are `finished`.
 
         Returns the state, in which a best checkpoint that was lost is no longer the best.
         """
-        while (news := self._saver.collect()) is not None:
-            state = self._tell(news, state, reporter)
-        return state
+        news = self._saver.collect()
+        return state if news is None else self._tell(news, state, reporter)
+
+    def go_back(self, state: RunState) -> None:
+        """The run goes on from this state of an earlier checkpoint."""
+        self.saved_at, self._given = state.iteration, _key(state)
+        self._whole_best = self._next_best = (state.best_loss, state.best_iteration)
 
     def close(self, state: RunState, reporter: Reporter) -> Failed | None:
         """Waits for the last save; it, if it could not be written."""
         self._closed = True
         last = self._saver.close()
-        self.report(state, reporter)
+        while self._saver.finished:
+            state = self.report(state, reporter)
         if last is not None:
             self._tell(last, state, reporter)
         return last if isinstance(last, Failed) else None
