@@ -114,7 +114,7 @@ class Saver:
             self._start(job, 1e3 * (time.perf_counter() - since), waits=True)
 
     def settle(self) -> None:
-        """Waits until nothing is in flight; a write that has failed, or does now, is given up. On all ranks."""
+        """Waits until nothing is in flight; one that fails is given up; on all ranks."""
         self._gives_up = True
         self._wait()
         self._asked.clear()

@@ -16,7 +16,7 @@ class RunState:
     evaluated_at: the iteration whose due evaluation was the last to be finished.
     skipped_steps: without an update: their numbers were not finite or their loss leapt.
     loss_spikes: losses that leapt, whatever was done then.
-    bad_steps_in_a_row: the last steps, if not finite. bad_samples_from: where the first of them began to read.
+    bad_steps_in_a_row: the last steps, if not finite. bad_samples_from: where the first of them began.
     skipped_samples: [start, stop) of the global order, which are never read (again).
     rollbacks: to an earlier checkpoint, for such numbers. recent_losses: that a new one is held against.
     """

@@ -90,7 +90,7 @@ class Back:
 
 
 def way_back(state: RunState, cursor: int, is_finite: bool) -> Back:
-    """From the step that follows `state` and would have ended at `cursor`, with the bad ones right before it."""
+    """From the step after `state`, which would have ended at `cursor`, with the bad ones right before it."""
     row = 0 if is_finite else state.bad_steps_in_a_row
     start = state.bad_samples_from if row else state.consumed_samples
     return Back(state.iteration + 1 - row, start, cursor)

@@ -1,10 +1,16 @@
 """Model FLOPs: what the mathematics needs, never what is computed twice."""
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatsp.axes import Axes
+from megatsp.data.loader import Share
 from megatsp.model.gpt import adapter_shapes, count_parameters
 from megatsp.schema import FinetuneConfig, ModelConfig
+from megatsp.training.step import Batch
 
 # Dense bf16 peak in TFLOP/s, by what torch calls the GPU (vendors' data sheets).
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "MI300X": 1307.0, "MI325X": 1307.0, "A100": 312.0}

@@ -19,8 +19,8 @@ def last_words(config: Config, state: RunState, stop: Stop | None, status: int) 
     """Lines of the log. stop: what the ranks agreed to stop for."""
     if status == HARDWARE:
         yield (
-            f" exit status {status}: the numbers of iteration {state.iteration + 1} were bad twice, with other "
-            "bits; nothing was saved after that. Take the machine away, and the same command goes on"
+            f" exit status {status}: the numbers of iteration {state.iteration + 1} were bad twice, with "
+            "other bits; nothing was saved after that. Take the machine away, and the same command goes on"
         )
     elif is_over(config, state):
         if state.iteration < config.trainer.train_iters:

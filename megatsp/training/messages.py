@@ -69,7 +69,8 @@ def blame(train: Blend, share: Share, state: RunState, computed: Computed, done:
     bad = [draw for draw in draws if not all(known.get(draw, True) for known in everywhere)]
     names = list(dict.fromkeys(name for draw in bad or draws for name in train.names(draw)))
     return (
-        f"iteration {state.iteration + 1}: loss {computed.loss}, gradient norm {computed.grad_norm}; {done}.\n"
+        f"iteration {state.iteration + 1}: loss {computed.loss}, gradient norm {computed.grad_norm}; "
+        f"{done}.\n"
         f"Documents of {'the samples whose loss is not finite' if bad else 'the batch'}: "
         f"{', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
     )

@@ -10,7 +10,7 @@ from megatsp.training.step import Batch
 
 
 def sum_over_ranks(tensor: Tensor, waits: Traffic | None = None) -> Tensor:
-    """Every rank's part, summed in place on all. waits: takes down how long this rank waits for the others."""
+    """Every rank's part, summed in place on all. waits: adds up how long this rank waits for others."""
     work = dist.all_reduce(tensor, async_op=True)
     (waits or Traffic()).wait([work], tensor.is_cuda)
     return tensor

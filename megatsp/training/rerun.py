@@ -16,7 +16,7 @@ from megatsp.training.gradients import Computed, drop_gradients
 
 @dataclass(frozen=True)
 class Bits:
-    """Digests of what this rank computed: the losses of its micro-batches, and its shards of the gradients."""
+    """Digests of what this rank computed: its micro-batches' losses, and its shards of the gradients."""
 
     losses: str
     gradients: str
@@ -35,7 +35,7 @@ class Bits:
 
 @dataclass(frozen=True)
 class Rerun:
-    """computed: the second time; its gradients are in the parameters. suspects: hosts by rank; none: same bits."""
+    """computed: the second time; its gradients are in the parameters. suspects: hosts by rank; {}: same bits."""
 
     computed: Computed
     suspects: dict[int, str]

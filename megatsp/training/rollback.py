@@ -26,11 +26,11 @@ def load_before(iteration: int, config: Config, gpt: GPT, optimizer: AdamW) -> R
     there = on_each(lambda: any(checkpoints.glob("iter_*")) if dist.get_rank() == 0 else False)[0]
     if not there:
         return None
-    candidates = [folder for folder in find_candidates(config) if iteration_of(folder) < iteration]
+    candidates = [f for f in find_candidates(config) if int(f.name.removeprefix("iter_")) < iteration]
     if not candidates:
         raise ValueError(
-            f"{checkpoints} has no good checkpoint from before iteration {iteration} to roll back to: keep more "
-            "of them (checkpoint.keep_last), or set trainer.on_bad_steps=stop and on_spike=warn or skip"
+            f"{checkpoints} has no good checkpoint from before iteration {iteration} to roll back to: keep "
+            "more of them (checkpoint.keep_last), or set trainer.on_bad_steps=stop and on_spike=warn or skip"
         )
     state = load_newest(config, candidates, gpt, optimizer.tensors(), lambda folder: None).state
     optimizer.loaded(state.iteration - state.skipped_steps)

@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatsp import exit_status
@@ -265,9 +266,7 @@ class Training:
             again = rerun(self.gpt, computed, compute)
             lines.append(again.line)
             computed, is_machine = again.computed, bool(again.suspects) and not again.computed.is_finite
-        judgement = judge_step(
-            computed.loss, computed.is_finite, is_machine, self.state, config.trainer
-        )
+        judgement = judge_step(computed.loss, computed.is_finite, is_machine, self.state, config.trainer)
         if judgement.done:
             text = blame(self.data.train, self.share, self.state, computed, judgement.done)
             lines.append(text if judgement.verdict is Verdict.STOP else f" {text}")
@@ -386,8 +385,8 @@ class Training:
             point_to_best(self.folder / "checkpoints", self.state)
         self._owes_save = False
         reporter.say(
-            f" rolled back to iteration {self.state.iteration}; samples {back.start} to {back.stop - 1} of the "
-            "order are left out"
+            f" rolled back to iteration {self.state.iteration}; samples {back.start} to {back.stop - 1} of "
+            "the order are left out"
         )
         self.beat("rolled back")
 

@@ -104,7 +104,7 @@ class Saves:
             }
             reporter.log(state.iteration, metrics)
             reporter.say(
-                f" saved {news.folder} in {news.seconds:.1f} s; training stood still for {news.stall_ms:.0f} ms"
+                f" saved {news.folder} in {news.seconds:.1f} s; training stood still {news.stall_ms:.0f} ms"
             )
             if news.problem:
                 reporter.say(f" {news.problem}")

@@ -20,7 +20,7 @@ def is_spike(loss: float, recent: Sequence[float], deviations: float) -> bool:
         return False
     median = statistics.median(recent)
     scale = 1.4826 * statistics.median(abs(each - median) for each in recent)
-    return 0 < scale and loss > median + deviations * scale
+    return scale > 0 and loss > median + deviations * scale
 
 
 def with_loss(state: RunState, loss: float, settings: TrainerConfig) -> tuple[float, ...]:

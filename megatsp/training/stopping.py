@@ -103,7 +103,7 @@ class Stopper:
 
     @contextmanager
     def cutting_off(self) -> Iterator[None]:
-        """Inside, a request raises CutOff at once, in this process alone; one that came before does so too."""
+        """Inside, a request raises CutOff at once, in this process alone; so does one that came before."""
         if self.asked():
             raise CutOff
         alarm = signal.signal(signal.SIGALRM, self._note)
