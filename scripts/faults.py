@@ -178,9 +178,8 @@ def main() -> int:
         )
     failed = [result for result in results if result.problems]
     for result in failed:
-        print(
-            f"FAILED {result.number} {result.kind} (seed {given.seed}); log: {folder}/{result.number:04d}-*.log"
-        )
+        log = folder / f"{result.number:04d}-{result.kind}.log"
+        print(f"FAILED {result.number} {result.kind} (seed {given.seed}); log: {log}")
         print("\n".join(f"  {problem}" for problem in result.problems))
     if not failed:
         shutil.rmtree(folder, ignore_errors=True)

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 from fault_campaign.job import ITERATIONS, SAVE_INTERVAL, processes
-
 from megatsp.checkpoint.manifest import read_manifest, size_problems, sum_problems
 from megatsp.checkpoint.paths import LATEST, folder_of
 from megatsp.training.logs import read_metrics

@@ -12,7 +12,6 @@ from typing import Any
 
 from fault_campaign.checks import good
 from fault_campaign.job import ITERATIONS, SAVE_INTERVAL, Job, kill, processes
-
 from megatsp.checkpoint.manifest import MANIFEST, read_manifest
 from megatsp.checkpoint.paths import LATEST, folder_of
 
