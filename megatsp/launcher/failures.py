@@ -59,7 +59,8 @@ def show(found: Sequence[Failure]) -> None:
     """Prints the cause, in full and first; of the others a line each."""
     cause, *others = found
     if cause.status == USER_ERROR:
-        print(f"megatsp: error: {cause.headline.removeprefix('ValueError: ')}", file=sys.stderr)
+        said = cause.headline.removeprefix("ValueError: ").removeprefix("Damaged: ")
+        print(f"megatsp: error: {said}", file=sys.stderr)
         return
     print(f"megatsp: error: rank {cause.rank}: {cause.headline}\n{cause.detail}", end="", file=sys.stderr)
     for other in others:

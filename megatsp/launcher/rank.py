@@ -40,7 +40,9 @@ def is_users(error: BaseException) -> bool:
     while trace and trace.tb_next:
         trace = trace.tb_next
     module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return type(error) is ValueError and module.partition(".")[0] == "megatsp"
+    kind = type(error)  # not those of libraries that are ValueErrors too
+    ours = kind is ValueError or (issubclass(kind, ValueError) and kind.__module__.startswith("megatsp."))
+    return ours and module.partition(".")[0] == "megatsp"
 
 
 def _die_with_launcher() -> bool:

@@ -38,7 +38,7 @@ def config_of(folder: Path, name: str, mesh: str) -> Config:
 
 def next_losses(training: Training, count: int) -> Losses:
     loader, start = training.loader(), training.state.iteration
-    found = [training.step(start + i, loader, []).loss for i in range(1, count + 1)]
+    found = [training.step(start + i, loader).loss for i in range(1, count + 1)]
     loader.close()
     return found
 
