@@ -315,7 +315,7 @@ def test_a_rank_that_dies_in_the_middle_leaves_no_checkpoint(tmp_path):
 
 
 ENDING = """
-import resource, sys, time
+import resource, sys
 import torch.distributed as dist
 from pathlib import Path
 from megatsp.checkpoint.saver import Failed, Saver
@@ -324,13 +324,12 @@ sys.path.insert(0, {tests!r})
 from test_saver import news, sharded, state
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-of = Saver(Path(sys.argv[1]), CheckpointConfig(), retry_s=50)
+of = Saver(Path(sys.argv[1]), CheckpointConfig(), retry_s=10_000)
 of.save(state(1), sharded(1), {{}}, None)
 news(of, 1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
 of.save(state(2), sharded(2), {{}}, None)
 assert isinstance(news(of, 1)[0], Failed)
-print("ends at", time.time(), flush=True)
 """
 
 
@@ -342,6 +341,5 @@ def test_a_program_that_ends_without_closing_waits_for_no_retry(tmp_path):
         timeout=100, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert time.time() - float(done.stdout.split()[-1]) < 10
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]
     check(tmp_path, 1)
