@@ -163,6 +163,26 @@ def test_copies_of_any_placement_each_by_one_rank(tmp_path):
         assert torch.equal(found[name], tensor), name
 
 
+def _stage_from_gpu() -> None:
+    tensors = {
+        "matrix": torch.randn(1000, 999, device="cuda"),
+        "turned": torch.randn(3, 4, device="cuda").t(),
+    }
+    expected = {name: tensor.cpu() for name, tensor in tensors.items()}
+    staging = Staging()
+    for _ in range(2):
+        copies = staging.copy(tensors)
+        for name, tensor in expected.items():
+            part = copies[name].part
+            assert part is not None and part.is_pinned() and torch.equal(part, tensor)
+    staging.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_copies_from_a_gpu_are_pinned():
+    run_distributed(_stage_from_gpu, 1)
+
+
 def _go_on(folder: Path) -> None:
     """Trains while it saves; one is in flight, old ones go, BEST moves; then the same in the foreground."""
     monkeypatch = pytest.MonkeyPatch()
