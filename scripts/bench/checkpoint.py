@@ -271,7 +271,8 @@ nothing meanwhile. Before each save the files of the one before are removed and 
 All bring every byte to the disk: torch's FileSystemWriter calls fsync for each file (sync_files=True, its
 default), megatsp for each file and folder. megatsp also computes a checksum of each file (xxh3_128) while it
 writes, and gives the checkpoint its name once all is there. dcp.async_save makes new buffers for each copy,
-as is its default; with one stager for all saves it keeps them, as megatsp does.
+as is its default; with one stager for all saves it keeps them, as megatsp does (in brackets: megatsp,
+async_save=true, against that).
 
 | what | stall, s | total, s | stall against theirs | total against theirs |
 | ---- | ---: | ---: | ---: | ---: |
