@@ -2,13 +2,19 @@
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, MutableMapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatsp import __version__, launcher
 from megatsp.nearest import did_you_mean
 from megatsp.parser import Parser
+
+if TYPE_CHECKING:
+    from megatsp.training.stopping import Stopper
 
 USAGE = """\
 usage: megatsp COMMAND [arguments]
@@ -74,26 +80,32 @@ def _train(name: str, arguments: list[str]) -> int:
         print(training_help(name), end="")
         return 0
 
+    from megatsp.training.stopping import Stopper
+
+    with Stopper() if "RANK" in os.environ else nullcontext() as stopper:  # before modules are loaded
+        return _train_as(name, arguments, given, stopper)
+
+
+def _train_as(name: str, arguments: list[str], given: Namespace, stopper: "Stopper | None") -> int:
+    """stopper: of a rank, which a launcher has started."""
     from megatsp.compose import compose, to_yaml
     from megatsp.validate import validate
 
     config = compose(given.overrides, given.config_dir, name)
-    joined = "RANK" in os.environ
-    world_size = int(os.environ["WORLD_SIZE"]) if joined else config.launch.nproc
+    world_size = config.launch.nproc if stopper is None else int(os.environ["WORLD_SIZE"])
     config = validate(config, world_size)
     if given.dry_run:
-        if not joined or os.environ["RANK"] == "0":
+        if stopper is None or os.environ["RANK"] == "0":
             from megatsp.training.report import describe
 
             print(to_yaml(config))
             print(describe(config, world_size))
-    elif joined:
-        from megatsp.training.run import train
-
-        train(config)
-    else:
+        return 0
+    if stopper is None:
         return _launch(config.launch.nproc, [name, *arguments])
-    return 0
+    from megatsp.training.run import train
+
+    return train(config, stopper)
 
 
 def _generate(arguments: list[str]) -> int:

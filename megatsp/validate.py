@@ -43,6 +43,7 @@ def validate(config: Config, world_size: int) -> Config:
     # A count that is out of its interval is reported above; as 1 it cannot also break a rule below.
     counts = _counts_as_positive(config)
     errors += _rule_errors(counts)
+    errors += _profile_errors(counts, max(1, world_size))
     parallel, mesh_error = resolve_axes(counts, max(1, world_size))
     meshed = replace(counts, parallel=parallel)
     errors += [mesh_error] if mesh_error else _batch_errors(meshed)
@@ -124,6 +125,23 @@ def _rule_errors(config: Config) -> Iterator[str]:
     for axis in AXES:
         if getattr(p, axis) == 0:
             yield f"parallel.{axis}=0: give a number of ranks, or -1 for what the other axes leave"
+
+
+def _profile_errors(config: Config, world_size: int) -> Iterator[str]:
+    """The recorded iterations are a range of the run's, and the ranks are among its own."""
+    logging, train_iters = config.logging, config.trainer.train_iters
+    start, end = logging.profile_step_start, logging.profile_step_end
+    if end and not start:
+        yield f"logging.profile_step_end={end}: nothing is recorded without logging.profile_step_start"
+    if start and not start <= end <= train_iters:
+        yield (
+            f"logging.profile_step_end={end}: must be from profile_step_start={start} to "
+            f"trainer.train_iters={train_iters}"
+        )
+    if start and not logging.profile_ranks:
+        yield "logging.profile_ranks=[]: name a rank, or set profile_step_start and profile_step_end to 0"
+    if wrong := [rank for rank in logging.profile_ranks if not 0 <= rank < world_size]:
+        yield f"logging.profile_ranks: {wrong[0]} is none of the ranks 0 to {world_size - 1}"
 
 
 def _data_errors(config: Config) -> Iterator[str]:

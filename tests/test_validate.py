@@ -48,6 +48,24 @@ YARN = {"model__rotary_scaling__type": "yarn", "model__rotary_scaling__factor": 
         ({"name": ""}, "name='': one folder's name"),
         ({"output_dir": ""}, "output_dir is empty: give a path"),
         ({"data__path": ""}, "data.path is empty: give a path"),
+        ({"logging__profile_step_end": 3}, "nothing is recorded without logging.profile_step_start"),
+        (
+            {"logging__profile_step_start": 4, "logging__profile_step_end": 3},
+            "profile_step_end=3: must be from profile_step_start=4 to trainer.train_iters=100",
+        ),
+        (
+            {"logging__profile_step_start": 100, "logging__profile_step_end": 101},
+            "profile_step_end=101: must be from profile_step_start=100 to trainer.train_iters=100",
+        ),
+        (
+            {
+                "logging__profile_step_start": 1,
+                "logging__profile_step_end": 1,
+                "logging__profile_ranks": [],
+            },
+            "logging.profile_ranks=[]: name a rank",
+        ),
+        ({"logging__profile_ranks": [0, 1]}, "logging.profile_ranks: 1 is none of the ranks 0 to 0"),
         ({"model__num_layers": 0}, "model.num_layers=0: must be >= 1"),
         ({"optimizer__adam_eps": 0.0}, "optimizer.adam_eps=0.0: must be > 0"),
         ({"optimizer__adam_beta2": 1.0}, "optimizer.adam_beta2=1.0: must be in [0, 1)"),
