@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatsp import __version__, launcher
 from megatsp.nearest import did_you_mean
 from megatsp.parser import Parser
+from megatsp.schema import Config
 
 if TYPE_CHECKING:
     from megatsp.training.stopping import Stopper
@@ -102,10 +103,24 @@ def _train_as(name: str, arguments: list[str], given: Namespace, stopper: "Stopp
             print(describe(config, world_size))
         return 0
     if stopper is None:
-        return _launch(config.launch.nproc, [name, *arguments])
+        restarts = launcher.Restarts(
+            config.launch.max_restarts, config.launch.restart_backoff_s, partial(_newest, config)
+        )
+        return _launch(config.launch.nproc, [name, *arguments], restarts)
     from megatsp.training.run import train
 
     return train(config, stopper)
+
+
+def _newest(config: Config) -> int:
+    """The iteration of a run's newest checkpoint; -1 if there is none, or none can be read."""
+    from megatsp.checkpoint.paths import LATEST
+
+    pointer = Path(config.output_dir) / config.name / "checkpoints" / LATEST
+    try:
+        return int(pointer.read_text())
+    except (OSError, ValueError):
+        return -1
 
 
 def _generate(arguments: list[str]) -> int:
@@ -177,8 +192,8 @@ def _convert(arguments: list[str]) -> int:
     return run(arguments)
 
 
-def _launch(nproc: int, arguments: list[str]) -> int:
-    return launcher.launch_local(nproc, [sys.executable, "-m", "megatsp", *arguments])
+def _launch(nproc: int, arguments: list[str], restarts: launcher.Restarts | None = None) -> int:
+    return launcher.launch_local(nproc, [sys.executable, "-m", "megatsp", *arguments], restarts)
 
 
 def _join(environment: MutableMapping[str, str]) -> bool:
