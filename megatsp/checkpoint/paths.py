@@ -1,15 +1,62 @@
 """Where a run's checkpoints are, and which of them its pointers name."""
 
 import os
+import shutil
 from pathlib import Path
 
 TOKENIZER = "tokenizer"  # the folder in a checkpoint
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
+_ASIDE = ".old"  # of a checkpoint that another of its iteration replaces
 
 
 def folder_of(checkpoints: Path, iteration: int) -> Path:
     return checkpoints / f"iter_{iteration:07d}"
+
+
+def iterations(checkpoints: Path) -> list[int]:
+    """Of the folders that are there under a checkpoint's final name, newest first; they need not be whole."""
+    names = [path.name.removeprefix("iter_") for path in checkpoints.glob("iter_*")]
+    numbers = {int(name) for name in names if name.isascii() and name.isdigit()}
+    return sorted((n for n in numbers if folder_of(checkpoints, n).is_dir()), reverse=True)
+
+
+def install(temporary: Path, folder: Path, iteration: int) -> None:
+    """Gives a whole checkpoint its name and moves the pointer to it; an old one of that name is replaced.
+
+    At every moment the old or the new one is whole: see `recover`. After an error all is as it was.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    aside = folder.with_name(folder.name + _ASIDE)
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        temporary.rename(folder)
+        sync(folder.parent)
+        replace_text(folder.parent / LATEST, f"{iteration}\n")
+    except OSError:
+        if not temporary.exists() and folder.exists():
+            folder.rename(temporary)
+        if aside.exists():
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(checkpoints: Path) -> None:
+    """Puts a checkpoint back whose replacement was cut off; by one process, before another save begins.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    for aside in checkpoints.glob(f"iter_*{_ASIDE}"):
+        folder = aside.with_name(aside.name.removesuffix(_ASIDE))
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(folder)
 
 
 def latest(checkpoints: Path) -> Path | None:

@@ -1,6 +1,8 @@
 """Where a run stands, beside its tensors: what a checkpoint's state.json says."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,6 @@ class RunState:
     bad_steps_in_a_row: the last of them, if not finite.
     skipped_samples: [start, stop) of the global order, which are never read (again).
     rollbacks: to an earlier checkpoint, for such numbers. recent_losses: that a new one is held against.
-    files: of the checkpoint, with their sizes in bytes.
     """
 
     iteration: int = 0
@@ -36,4 +37,32 @@ class RunState:
     rollbacks: int = 0
     skipped_samples: tuple[tuple[int, int], ...] = ()
     recent_losses: tuple[float, ...] = ()
-    files: dict[str, int] = field(default_factory=dict, compare=False)
+
+
+def state_to_json(state: RunState) -> bytes:
+    """The content of state.json."""
+    return (json.dumps(asdict(state), indent=2) + "\n").encode()
+
+
+def state_from_json(text: str) -> RunState:
+    """The state that `state_to_json` wrote; its lists are tuples again.
+
+    Raises:
+        ValueError: no JSON, an unknown key, a value of a wrong type.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    known = asdict(RunState())
+    values = {name: _tuples(value) for name, value in content.items()}
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"unknown key {name}")
+        kind = type(known[name])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{name}: expected {kind.__name__}, found {value!r}")
+    return RunState(**values)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -6,6 +6,7 @@
         config.yaml                     what the run was started with
         tokenizer/                      the tokenizer's files
         hf/                             of a model from Hugging Face: its config.json and the like
+        manifest.json                   every other file's size and checksum, every tensor's type and shape
     checkpoints/latest_checkpointed_iteration.txt
     checkpoints/best_checkpointed_iteration.txt     of fine-tuning: the lowest validation loss
 
@@ -13,26 +14,104 @@ Tensors are logical: weights under their Hugging Face names and `optimizer.<mome
 mesh loads what any other saved. Only what is trained is saved: of a run with adapters, these alone.
 """
 
-import json
 import shutil
+import time
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from megatsp.checkpoint.paths import LATEST, TOKENIZER, folder_of, replace_text, sync
-from megatsp.checkpoint.state import RunState
+from megatsp.checkpoint.agree import from_checkpoint_exception, group_rank, on_each
+from megatsp.checkpoint.manifest import (
+    FIX,
+    Damaged,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    check_files,
+    entry_of,
+    raise_damage,
+    sum_problems,
+    write_manifest,
+)
+from megatsp.checkpoint.paths import TOKENIZER, folder_of, install, recover, sync
+from megatsp.checkpoint.state import RunState, state_from_json, state_to_json
+from megatsp.checkpoint.storage import ShardReader, ShardWriter, find_parts, os_reason
 from megatsp.data.tokenizer import Tokenizer, load_tokenizer
+from megatsp.hf.safetensors_file import NAMES
 
-_OTHER = f"restore it, or write the iteration of another checkpoint into {LATEST} beside it"
+OPTIMIZER = "optimizer."  # before the names of an optimizer's tensors
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that is whole: where, of how many bytes over all files, in how many seconds."""
+
+    folder: Path
+    bytes: int
+    seconds: float
+
+
+def write(
+    checkpoints: Path,
+    state: RunState,
+    tensors: dict[str, Tensor],
+    extra: Mapping[str, bytes],
+    tokenizer: Tokenizer | None,
+    group: dist.ProcessGroup | None = None,
+) -> Written:
+    """Writes one checkpoint on all ranks of `group` and moves the pointer to it last.
+
+    It may run in a thread beside others, with a group of its own. An older one of the iteration is replaced.
+
+    tensors: DTensors, of which each rank writes its part, or plain ones, equal on all ranks. extra: small
+    files by relative path. tokenizer: the run's; its files go along, so that the checkpoint needs none of
+    what it was read from.
+
+    Raises:
+        ValueError: on all ranks, if one cannot write; what was there before is there still.
+    """
+    since = time.perf_counter()
+    folder = folder_of(checkpoints, state.iteration)
+    temporary = folder.with_name(folder.name + ".tmp")
+    sizes: list[int] = []
+
+    def prepare() -> None:
+        try:
+            recover(checkpoints)
+            for stale in checkpoints.glob("iter_*.tmp"):  # of a save that was cut off
+                shutil.rmtree(stale)
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"cannot write {temporary}: {os_reason(error)}") from None
+
+    def complete(files: dict[str, FileEntry], entries: dict[str, TensorEntry]) -> None:
+        manifest = Manifest(files | _write_small(temporary, state, extra, tokenizer), entries)
+        try:
+            write_manifest(temporary, manifest)
+            for path in (*(p for p in temporary.rglob("*") if p.is_dir()), temporary):
+                sync(path)
+            install(temporary, folder, state.iteration)
+        except OSError as error:
+            raise ValueError(f"cannot write {folder}: {os_reason(error)}") from None
+        sizes.append(manifest.bytes)
+
+    try:
+        with _expected_warnings():
+            dcp.save(tensors, storage_writer=ShardWriter(temporary, prepare, complete), process_group=group)
+    except dcp.CheckpointException as error:
+        if group_rank(group) == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # no rank writes any more
+        raise from_checkpoint_exception(error) from error
+    total = max(on_each(lambda: sum(sizes), group))
+    return Written(folder, total, time.perf_counter() - since)
 
 
 def save(
@@ -43,94 +122,113 @@ def save(
     extra: Mapping[str, bytes],
     tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Writes one checkpoint on all ranks and moves the pointer to it last.
-
-    tensors: beside the model's own, under names that do not collide. extra: small files by relative path.
-    tokenizer: the run's; its files go along, so that the checkpoint needs none of what it was read from.
-    """
-    folder = folder_of(checkpoints, state.iteration)
-    temporary = folder.with_name(folder.name + ".tmp")
-    is_first = dist.get_rank() == 0
-    if is_first:
-        for stale in checkpoints.glob("iter_*.tmp"):  # of a save that was cut off
-            shutil.rmtree(stale)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    with _expected_warnings():
-        dcp.save(
-            _all_tensors(model, tensors),
-            storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
-        )
-    if is_first:
-        for name, content in extra.items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            (temporary / name).write_bytes(content)
-        if tokenizer is not None:
-            (temporary / TOKENIZER).mkdir(exist_ok=True)
-            for name, content in tokenizer.files().items():
-                (temporary / TOKENIZER / name).write_bytes(content)
-            state = replace(state, tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
-        state = replace(state, files=_sizes(temporary))
-        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-        for path in temporary.rglob("*"):
-            sync(path)
-        sync(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # a run that was resumed before this iteration
-        temporary.rename(folder)
-        replace_text(checkpoints / LATEST, f"{state.iteration}\n")
-    dist.barrier()
-    return folder
+    """Writes one checkpoint of what the model trains and of `tensors`, on all ranks: see `write`."""
+    return write(checkpoints, state, named_tensors(model, tensors), extra, tokenizer).folder
 
 
-def load(folder: Path, model: nn.Module, tensors: dict[str, Tensor]) -> RunState:
+def named_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint of a model holds: the fp32 weights that it trains, and `tensors` beside them."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: parameter.detach() for name, parameter in trained.items()}
+    assert not weights.keys() & tensors.keys()
+    # Not the compute dtype's copies, which FSDP shows while a module is gathered.
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    return {**weights, **tensors}
+
+
+def load(
+    folder: Path,
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    verify: str = "checksums",
+    group: dist.ProcessGroup | None = None,
+) -> RunState:
     """Fills what the model trains and `tensors` in place, on all ranks, from any mesh's checkpoint.
 
     Of iteration 0 a checkpoint may have none of `tensors`: an imported one, which then keep their values.
 
+    verify: checksums, which are computed while tensors are read, each file by one rank, or sizes.
+
     Raises:
-        ValueError: the checkpoint lacks a file, or one has another size or cannot be read; it lacks a
-            tensor, or has one of another shape.
+        Damaged: a file is missing, has another size or checksum, or cannot be read; then the tensors hold
+            anything. On all ranks, like any other.
+        ValueError: the tensors are those of another model; the version is a later one.
     """
-    state = read_state(folder)
-    wanted = _all_tensors(model, tensors)
-    reader = HuggingFaceStorageReader(str(folder))
-    with _expected_warnings():
-        try:
-            found = reader.read_metadata().state_dict_metadata
-        except SafetensorError as error:
-            raise ValueError(f"{folder} is damaged: {error}; {_OTHER}") from error
-        if state.iteration == 0 and not any(name in found for name in tensors):
-            wanted = _all_tensors(model, {})
-        shapes = {name: getattr(found.get(name), "size", None) for name in wanted}
-        wrong = [
-            f"{name}: wanted {tuple(tensor.shape)}, found {tuple(size) if size is not None else 'nothing'}"
-            for name, tensor in wanted.items()
-            if (size := shapes[name]) is None or tuple(size) != tuple(tensor.shape)
-        ]
-        if wrong:
-            raise ValueError(
-                f"{folder} does not fit this model; {len(wrong)} tensors differ: " + "; ".join(wrong[:8])
-            )
-        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+    def look() -> tuple[Manifest, RunState] | None:
+        return (check_files(folder, "sizes"), read_state(folder)) if group_rank(group) == 0 else None
+
+    found = on_each(look, group)[0]
+    assert found is not None
+    manifest, state = found
+    wanted = named_tensors(model, tensors)
+    if state.iteration == 0 and not any(name in manifest.tensors for name in tensors):
+        wanted = named_tensors(model, {})
+    check_tensors(folder, manifest, wanted, exactly=state.iteration > 0)
+    names = _own_files(manifest, group) if verify == "checksums" else []
+    with ThreadPoolExecutor(1) as beside:
+        problems = beside.submit(sum_problems, folder, manifest, names)
+        fill(folder, manifest, wanted, group)
+        lines = [line for of_rank in on_each(problems.result, group) for line in of_rank]
+    raise_damage(folder, lines)
     return state
+
+
+def fill(
+    folder: Path, manifest: Manifest, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None
+) -> None:
+    """Reads tensors of a checkpoint in place, on all ranks; their names and shapes were checked.
+
+    Raises:
+        Damaged: a file cannot be read; on all ranks.
+    """
+    reader = ShardReader(folder, find_parts(folder, manifest, group), manifest)
+    try:
+        with _expected_warnings():
+            dcp.load(dict(tensors), storage_reader=reader, process_group=group)
+    except dcp.CheckpointException as error:
+        raise from_checkpoint_exception(error) from error
+
+
+def check_tensors(
+    folder: Path, manifest: Manifest, wanted: Mapping[str, Tensor], exactly: bool = True
+) -> None:
+    """Checks that a checkpoint holds these tensors, and no other weights.
+
+    exactly: also in their types, which an imported checkpoint has from where it came.
+
+    Raises:
+        ValueError: it does not; what differs is named.
+    """
+    wrong = []
+    for name, tensor in wanted.items():
+        entry, shape, dtype = manifest.tensors.get(name), tuple(tensor.shape), NAMES.get(tensor.dtype, "")
+        if entry is None:
+            wrong.append(f"{name}: wanted {shape}, found nothing")
+        elif entry.shape != shape:
+            wrong.append(f"{name}: wanted {shape}, found {entry.shape}")
+        elif exactly and entry.dtype != dtype:
+            wrong.append(f"{name}: wanted {dtype}, found {entry.dtype}")
+    has_moments = any(name.startswith(OPTIMIZER) for name in wanted)
+    for name, entry in manifest.tensors.items():
+        if name not in wanted and (has_moments or not name.startswith(OPTIMIZER)):
+            wrong.append(f"{name}: wanted nothing, found {entry.shape}")
+    if wrong:
+        raise ValueError(
+            f"{folder} does not fit this model; {len(wrong)} tensors differ: " + "; ".join(wrong[:8])
+        )
 
 
 def read_state(folder: Path) -> RunState:
-    """The checkpoint's state, once its files are found to be whole.
+    """The checkpoint's state; its files may not be whole: see `check_files`.
 
     Raises:
-        ValueError: state.json cannot be read, or a file is missing or of another size.
+        Damaged: state.json cannot be read.
     """
     try:
-        state = RunState(**json.loads((folder / "state.json").read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}/state.json is damaged: {error}; {_OTHER}") from error
-    sizes = _sizes(folder)
-    for name, size in state.files.items():
-        if sizes.get(name) != size:
-            found = f"has {sizes[name]} bytes" if name in sizes else "is missing"
-            raise ValueError(f"{folder} is damaged: {name}, of {size} bytes, {found}; {_OTHER}")
-    return state
+        return state_from_json((folder / "state.json").read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"{folder} is damaged: cannot read state.json: {error}; {FIX}") from error
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -152,35 +250,60 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def load_tokenizer_of(folder: Path, spec: str) -> Tokenizer:
-    """The tokenizer that is stored in a checkpoint; `spec` where a version saved it that stored none.
+    """The tokenizer that is stored in a checkpoint; `spec` where it has none.
 
     Raises:
         ValueError: it is not the one that the checkpoint was trained with, or cannot be read.
     """
-    stored = (folder / TOKENIZER, folder / "tokenizer.json")  # the latter: of an earlier version
-    tokenizer = load_tokenizer(next((str(path) for path in stored if path.exists()), spec))
+    stored = folder / TOKENIZER
+    tokenizer = load_tokenizer(str(stored) if stored.exists() else spec)
     check_tokenizer(folder, tokenizer)
     return tokenizer
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file under `folder`, by its path there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+def write_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, FileEntry]:
+    """Writes small files and brings them to the disk; returns what the manifest says of them.
+
+    Raises:
+        ValueError: one cannot be written.
+    """
+    for name, content in files.items():
+        try:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+            sync(folder / name)
+        except OSError as error:
+            raise ValueError(f"cannot write {folder / name}: {os_reason(error)}") from None
+    return {name: entry_of(content) for name, content in files.items()}
 
 
-def _all_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    weights = {name: parameter.detach() for name, parameter in trained.items()}
-    assert not weights.keys() & tensors.keys()
-    # Not the compute dtype's copies, which FSDP shows while a module is gathered.
-    assert all(weight.dtype == torch.float32 for weight in weights.values())
-    return {**weights, **tensors}
+def _write_small(
+    folder: Path, state: RunState, extra: Mapping[str, bytes], tokenizer: Tokenizer | None
+) -> dict[str, FileEntry]:
+    files = dict(extra)
+    if tokenizer is not None:
+        files |= {f"{TOKENIZER}/{name}": content for name, content in tokenizer.files().items()}
+        state = replace(state, tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
+    return write_files(folder, {**files, "state.json": state_to_json(state)})
+
+
+def _own_files(manifest: Manifest, group: dist.ProcessGroup | None) -> list[str]:
+    """The files that this rank reads through, of all: about as many bytes as every other does."""
+    loads = [0] * (dist.get_world_size(group) if dist.is_initialized() else 1)
+    own = []
+    for name, entry in sorted(manifest.files.items(), key=lambda item: (-item[1].bytes, item[0])):
+        rank = loads.index(min(loads))
+        loads[rank] += entry.bytes
+        if rank == group_rank(group):
+            own.append(name)
+    return own
 
 
 @contextmanager
 def _expected_warnings() -> Iterator[None]:
+    if dist.is_initialized():  # filters are of the process, and this may be one of its threads
+        yield
+        return
     with warnings.catch_warnings():
-        # One rank alone saves without collectives; torch says so each time.
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
         yield

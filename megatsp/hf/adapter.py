@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatsp.checkpoint.manifest import check_files
 from megatsp.checkpoint.store import read_state
 from megatsp.compose import from_yaml
 from megatsp.hf.adapter_config import check_options, check_targets, config_of, matrices, scales
@@ -125,7 +126,7 @@ def own_adapter(checkpoint_folder: Path) -> tuple[Adapter, Config]:
     Raises:
         ValueError: it is damaged, or has no adapters.
     """
-    read_state(checkpoint_folder)  # its files are whole
+    check_files(checkpoint_folder)
     config = from_yaml((checkpoint_folder / "config.yaml").read_text())
     finetune = config.finetune
     if not finetune.lora_rank:

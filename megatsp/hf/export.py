@@ -1,5 +1,6 @@
 """`megatsp convert export`: one of our checkpoints, of any mesh, becomes a folder that transformers loads."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatsp.checkpoint.manifest import check_files
 from megatsp.checkpoint.paths import TOKENIZER
-from megatsp.checkpoint.store import read_state
 from megatsp.compose import from_yaml
 from megatsp.data.tokenizer import load_tokenizer
 from megatsp.data.tokenizer.base import MANIFEST as OUR_TOKENIZER
@@ -46,7 +47,7 @@ def export(
             model; `output` is there already or cannot be written; transformers' logits are not ours.
     """
     check_output(output, force, checkpoint_folder)
-    read_state(checkpoint_folder)  # its files are whole
+    check_files(checkpoint_folder)
     config = from_yaml((checkpoint_folder / "config.yaml").read_text())
     if config.finetune.lora_rank:
         raise ValueError(
@@ -139,13 +140,13 @@ def _write_weights(
     def name_of(number: int, count: int) -> str:
         return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
-    where, hashed = write_weights(
-        folder, source, dtypes, max_shard_bytes, name_of, {"format": "pt"}, hashing=True
+    where, sums = write_weights(
+        folder, source, dtypes, max_shard_bytes, name_of, {"format": "pt"}, hashlib.sha256
     )
     if len(set(where.values())) > 1:
         total = sum(tensor_bytes(source.shapes[name], dtypes[name]) for name in where)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-    return hashed
+    return {name: digest for name, (_, digest) in sums.items()}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

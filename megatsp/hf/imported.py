@@ -1,13 +1,15 @@
 """`megatsp convert import`: a Hugging Face checkpoint becomes a run that has not taken a step yet."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import xxhash
 
+from megatsp.checkpoint.manifest import FileEntry, Manifest, TensorEntry, write_manifest
 from megatsp.checkpoint.paths import LATEST, TOKENIZER, folder_of
-from megatsp.checkpoint.state import RunState
+from megatsp.checkpoint.state import RunState, state_to_json
+from megatsp.checkpoint.store import write_files
 from megatsp.compose import to_yaml
 from megatsp.data.tokenizer import Tokenizer, load_tokenizer
 from megatsp.hf.checkpoint import HFCheckpoint, open_checkpoint
@@ -51,21 +53,35 @@ def import_run(
     with whole_folder(run, force, num_bytes) as temporary:
         folder = folder_of(temporary / "checkpoints", 0)
         folder.mkdir(parents=True)
-        write_weights(
+        source = HFSource(checkpoint)
+        _, sums = write_weights(
             folder,
-            HFSource(checkpoint),
+            source,
             checkpoint.dtypes,
             MAX_FILE_BYTES,
-            lambda i, count: f"shard-00001-model-{i:05d}-of-{count:05d}.safetensors",
+            lambda i, count: f"shard-{i:05d}-of-{count:05d}.safetensors",
             {},
+            xxhash.xxh3_128,
         )
+        manifest = Manifest(
+            {name: FileEntry(*found) for name, found in sums.items()},
+            {
+                name: TensorEntry(checkpoint.dtypes[name], tuple(shape))
+                for name, shape in source.shapes.items()
+            },
+        )
+        write_manifest(folder, manifest)  # of what is there so far
+        small = _small_files(_config(checkpoint, run, spec), checkpoint, found)
         report = None
         if verify:
             ours = CheckpointSource(folder, checkpoint.model)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             report = verify_alone(ours, checkpoint.model, HFSource(checkpoint), checkpoint.config, device)
-            (folder / VERIFICATION).write_text(report.to_json())
-        _write_small_files(temporary, folder, _config(checkpoint, run, spec), checkpoint, found)
+            small[VERIFICATION] = report.to_json().encode()
+        entries = write_files(folder, small)
+        write_manifest(folder, replace(manifest, files={**manifest.files, **entries}))
+        (temporary / "config.yaml").write_bytes(small["config.yaml"])
+        (temporary / "checkpoints" / LATEST).write_text("0\n")
     return report
 
 
@@ -93,20 +109,10 @@ def _config(checkpoint: HFCheckpoint, run: Path, tokenizer: str) -> Config:
     )
 
 
-def _write_small_files(
-    temporary: Path, folder: Path, config: Config, checkpoint: HFCheckpoint, tokenizer: Tokenizer
-) -> None:
-    """All but the weights; state.json, which lists the others, last."""
+def _small_files(config: Config, checkpoint: HFCheckpoint, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """All but the weights and their verification."""
     files = kept_files(checkpoint)
     files |= {f"{TOKENIZER}/{name}": content for name, content in tokenizer.files().items()}
     files["config.yaml"] = to_yaml(config).encode()
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
-    sizes = {
-        p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()
-    }
     state = RunState(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
-    (folder / "state.json").write_text(json.dumps(asdict(replace(state, files=sizes)), indent=2) + "\n")
-    (temporary / "config.yaml").write_bytes(files["config.yaml"])
-    (temporary / "checkpoints" / LATEST).write_text("0\n")
+    return {**files, "state.json": state_to_json(state)}

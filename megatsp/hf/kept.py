@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatsp.checkpoint.manifest import FIX, Damaged, read_manifest
 from megatsp.data.tokenizer import huggingface
 from megatsp.hf.checkpoint import HFCheckpoint, read_json
 from megatsp.hf.safetensors_file import SHORT
@@ -45,8 +46,18 @@ def kept_files(checkpoint: HFCheckpoint) -> dict[str, bytes]:
 
 
 def stored_files(folder: Path) -> dict[str, bytes]:
-    """What a checkpoint of ours has of them, by their paths in its folder: the next ones keep it too."""
-    return {f"{FOLDER}/{path.name}": path.read_bytes() for path in sorted((folder / FOLDER).glob("*"))}
+    """What a checkpoint of ours has of them, by their paths in its folder: the next ones keep it too.
+
+    Raises:
+        ValueError: its manifest cannot be used, or a file cannot be read.
+    """
+    names = [name for name in sorted(read_manifest(folder).files) if name.startswith(f"{FOLDER}/")]
+    try:
+        return {name: (folder / name).read_bytes() for name in names}
+    except OSError as error:
+        raise Damaged(
+            f"{folder} is damaged: cannot read {error.filename}: {error.strerror}; {FIX}"
+        ) from error
 
 
 def read_kept(folder: Path) -> Kept:
@@ -56,14 +67,11 @@ def read_kept(folder: Path) -> Kept:
         ValueError: a file is damaged.
     """
     kept = folder / FOLDER
-    if not kept.is_dir():
+    stored = {name.removeprefix(f"{FOLDER}/"): content for name, content in stored_files(folder).items()}
+    if not stored:
         return Kept()
     types = read_json(kept / TYPES)
-    files = {
-        path.name: path.read_bytes()
-        for path in sorted(kept.iterdir())
-        if path.name not in (TYPES, _CONFIGS[0])
-    }
+    files = {name: content for name, content in stored.items() if name not in (TYPES, _CONFIGS[0])}
     if types.get("dtype") not in SHORT.values() or not isinstance(types.get("exceptions"), dict):
         raise ValueError(f"{kept / TYPES} is damaged: it names no type of weights; restore the checkpoint")
     return Kept(read_json(kept / _CONFIGS[0]), files, types["dtype"], types["exceptions"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatsp.checkpoint.paths import sync
-from megatsp.hf.safetensors_file import DTYPES, TensorWriter
+from megatsp.hf.safetensors_file import DTYPES, Digest, TensorWriter
 from megatsp.hf.source import TensorSource
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers' save_pretrained
@@ -101,10 +101,10 @@ def write_weights(
     max_bytes: int,
     name_of: Callable[[int, int], str],
     metadata: Mapping[str, str],
-    hashing: bool = False,
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Writes all tensors of `source`, one at a time; returns each one's file and, with `hashing`, each file's
-    SHA-256.
+    digest: Callable[[], Digest],
+) -> tuple[dict[str, str], dict[str, tuple[int, str]]]:
+    """Writes all tensors of `source`, one at a time; returns each one's file, and each file's size in bytes
+    with its checksum, of the kind that `digest` makes.
 
     dtypes: to write them in, as in the header. name_of: a file's name, by its number from 1 and their count.
 
@@ -115,19 +115,19 @@ def write_weights(
     total = sum(tensor_bytes(shape, dtypes[name]) for name, shape in source.shapes.items())
     quiet = total < _QUIET_BYTES or not sys.stderr.isatty()
     where: dict[str, str] = {}
-    hashes: dict[str, str] = {}
+    sums: dict[str, tuple[int, str]] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing weights", disable=quiet) as bar:
         for number, names in enumerate(files, 1):
             path = folder / name_of(number, len(files))
             shapes = {name: source.shapes[name] for name in names}
-            with TensorWriter(path, shapes, dtypes, metadata, hashing) as file:
+            found = digest()
+            with TensorWriter(path, shapes, dtypes, metadata, found) as file:
                 for name in names:
                     file.write(name, cast(source.read(name), dtypes[name], name))
                     bar.update(tensor_bytes(shapes[name], dtypes[name]))
             where |= dict.fromkeys(names, path.name)
-            if hashing:
-                hashes[path.name] = file.sha256
-    return where, hashes
+            sums[path.name] = file.num_bytes, found.hexdigest()
+    return where, sums
 
 
 def cast(tensor: Tensor, dtype: str, name: str) -> Tensor:

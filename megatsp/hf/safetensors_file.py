@@ -6,7 +6,6 @@ tensor) and the tensors' bytes, one after another.
 Source: https://github.com/huggingface/safetensors#format
 """
 
-import hashlib
 import json
 import math
 import mmap
@@ -15,7 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +32,14 @@ _SYNC_BYTES = 1 << 28  # written between two calls that bring them to the disk
 _FIX = "download or copy it again"
 
 Box = tuple[slice, ...]
+
+
+class Digest(Protocol):
+    """A checksum in the making, of hashlib or xxhash."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -100,13 +107,17 @@ def _entry(value: Mapping[str, Any], begin: int) -> Entry:
 class TensorFile:
     """The tensors of one file, as views of the mapped file: they are read when they are copied.
 
+    entries: of its header, where that was read and checked before; `metadata` is then empty.
+
     Raises:
         ValueError: see `read_header`.
+        OSError: the file cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, Entry] | None = None) -> None:
         self.path = path
-        self.entries, self.metadata = read_header(path)
+        self.entries: Mapping[str, Entry]
+        self.entries, self.metadata = read_header(path) if entries is None else (entries, {})
         with path.open("rb") as file:
             # Copy on write: torch wants memory that it may write to, and nobody does.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -131,12 +142,10 @@ class TensorFile:
 class TensorWriter:
     """Writes one file, a tensor at a time, in the order of `shapes`; use it as a context manager.
 
-    Meanwhile threads bring what is written to the disk and, with `hashing`, hash it: `sha256` afterwards.
+    Meanwhile threads bring what is written to the disk and feed every byte to `digest`.
 
-    dtypes: by name, as in the header (F32, BF16, F16).
+    dtypes: by name, as in the header (F32, BF16, F16). num_bytes: of the file, so far.
     """
-
-    sha256: str
 
     def __init__(
         self,
@@ -144,7 +153,7 @@ class TensorWriter:
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, str],
         metadata: Mapping[str, str],
-        hashing: bool = False,
+        digest: Digest | None = None,
     ) -> None:
         self._left = dict(shapes)
         self._dtypes = dtypes
@@ -157,7 +166,8 @@ class TensorWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._file = path.open("wb", buffering=0)
-        self._hash = hashlib.sha256() if hashing else None
+        self._hash = digest
+        self.num_bytes = 0
         self._hasher, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._hashed: Future[None] | None = None
         self._synced: Future[None] | None = None
@@ -183,8 +193,11 @@ class TensorWriter:
         written = 0
         while written < len(data):  # a single call writes 2 GiB at most
             written += self._file.write(data[written:])
+        self.num_bytes += len(data)
         self._unsynced_bytes += len(data)
         if self._unsynced_bytes >= _SYNC_BYTES and (self._synced is None or self._synced.done()):
+            if self._synced is not None:
+                self._synced.result()  # a full disk is told once
             self._synced = self._syncer.submit(os.fdatasync, self._file.fileno())
             self._unsynced_bytes = 0
 
@@ -198,5 +211,3 @@ class TensorWriter:
                     if future is not None:
                         future.result()
                 os.fsync(self._file.fileno())
-                if self._hash is not None:
-                    self.sha256 = self._hash.hexdigest()

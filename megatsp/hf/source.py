@@ -1,7 +1,5 @@
 """Where whole tensors come from, one at a time: a Hugging Face checkpoint, or one of ours."""
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -9,11 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatsp.checkpoint.manifest import Manifest, read_manifest
+from megatsp.checkpoint.storage import Part, check_parts, read_parts
 from megatsp.hf.checkpoint import HFCheckpoint, expected_shapes, shown
 from megatsp.hf.safetensors_file import DTYPES, TensorFile
 from megatsp.schema import ModelConfig
-
-_PLACES = "DCP_SHARDING_INFO"  # torch's distributed checkpoint: where a file's part of a tensor begins
 
 
 class TensorSource(Protocol):
@@ -50,7 +48,7 @@ class CheckpointSource:
     shapes: of what is wanted of it, by name; None: the model's parameters.
 
     Raises:
-        ValueError: a file is damaged; the weights are not those of the model.
+        ValueError: a header is damaged; the weights are not those of the model.
     """
 
     def __init__(
@@ -60,30 +58,23 @@ class CheckpointSource:
         self._last = ""
         # By tensor: the files that hold a part of it, and where that part begins.
         self._parts: dict[str, list[tuple[TensorFile, tuple[int, ...]]]] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            file = TensorFile(path)
-            places = json.loads(file.metadata.get(_PLACES, "{}"))
-            for name, entry in file.entries.items():
-                offsets = tuple(places[name]["saved_offsets"]) if places else (0,) * len(entry.shape)
-                self._parts.setdefault(name, []).append((file, offsets))
-        if wrong := [name for name, shape in self.shapes.items() if not self._is_whole(name, shape)]:
+        manifest = read_manifest(folder)
+        if wrong := [name for name in self.shapes if not self._is_in(manifest, name)]:
             raise ValueError(
-                f"{folder} lacks {len(wrong)} of the model's {len(self.shapes)} tensors, or parts of them: "
-                f"{shown(wrong)}"
+                f"{folder} lacks {len(wrong)} of the model's {len(self.shapes)} tensors, or has them in "
+                f"another shape: {shown(wrong)}"
             )
+        found: dict[str, list[Part]] = {}
+        for path in manifest.shards:
+            parts = read_parts(folder, path)
+            file = TensorFile(folder / path, {name: part.entry for name, part in parts})
+            for name, part in parts:
+                found.setdefault(name, []).append(part)
+                self._parts.setdefault(name, []).append((file, part.offsets))
+        check_parts(folder, manifest, found)
 
-    def _is_whole(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether the parts of a tensor, which never overlap, lie in it and fill it."""
-        elements = 0
-        for file, offsets in self._parts.get(name, []):
-            entry = file.entries[name]
-            ends = [offset + length for offset, length in zip(offsets, entry.shape, strict=True)]
-            if entry.dtype not in DTYPES or len(ends) != len(shape):
-                return False
-            if any(end > length for end, length in zip(ends, shape, strict=True)):
-                return False
-            elements += math.prod(entry.shape)
-        return elements == math.prod(shape)
+    def _is_in(self, manifest: Manifest, name: str) -> bool:
+        return name in manifest.tensors and manifest.tensors[name].shape == self.shapes[name]
 
     def read(self, name: str) -> Tensor:
         for file, _ in self._parts.get(self._last, []):

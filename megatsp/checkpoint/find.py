@@ -1,0 +1,79 @@
+"""Which of a run's checkpoints it can go on from."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatsp.checkpoint.manifest import (
+    SUFFIX,
+    Damaged,
+    raise_damage,
+    read_manifest,
+    size_problems,
+    sum_problems,
+)
+from megatsp.checkpoint.paths import LATEST, folder_of, iterations
+
+
+def find_good(checkpoints: Path, strict: bool, say: Callable[[str], object]) -> list[Path]:
+    """The checkpoints that are whole by their manifest, the sizes of all files and the checksums of the small
+    ones, newest first; none is newer than the pointer says. In one process.
+
+    strict: the newest one must be whole. say: is given a line for each one that is not, and for a pointer
+    that says nothing.
+
+    Raises:
+        Damaged: none is whole, and some are there; with `strict`: the newest is not whole.
+        ValueError: a checkpoint is of a later version, or lists files outside its folder.
+    """
+    there = iterations(checkpoints)
+    newest = _pointer(checkpoints)
+    if newest is None and there:
+        trouble = f"{checkpoints / LATEST} is missing or names no checkpoint"
+        if strict:
+            raise Damaged(
+                f"{trouble}, and checkpoint.strict=true: write {there[0]} into it to go on from there"
+            )
+        say(f"{trouble}: the newest whole one of {len(there)} is taken")
+    elif newest is not None and newest not in there:
+        there = sorted({*there, newest}, reverse=True)
+    good: list[Path] = []
+    bad: list[str] = []
+    for iteration in there:
+        if newest is not None and iteration > newest:
+            continue
+        folder = folder_of(checkpoints, iteration)
+        try:
+            check_folder(folder)
+        except Damaged as error:
+            if strict and not good:
+                raise Damaged(f"{error}; or set checkpoint.strict=false to go on from an older one") from None
+            bad.append(str(error))
+            continue
+        good.append(folder)
+    if bad and not good:
+        raise Damaged(f"{checkpoints} has no whole checkpoint: {'; '.join(bad)}")
+    for line in bad:
+        say(f"passed over: {line}")
+    return good
+
+
+def check_folder(folder: Path) -> None:
+    """Checks a checkpoint as far as takes no time: sizes, and what is in the small files.
+
+    Raises:
+        Damaged: a file is missing, has another size or, of the small ones, another checksum.
+        ValueError: see `read_manifest`.
+    """
+    manifest = read_manifest(folder)
+    problems = size_problems(folder, manifest)
+    small = [name for name in manifest.files if not name.endswith(SUFFIX)]
+    raise_damage(folder, problems or sum_problems(folder, manifest, small))
+
+
+def _pointer(checkpoints: Path) -> int | None:
+    """The iteration that the pointer names; None if it cannot be read."""
+    try:
+        text = (checkpoints / LATEST).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
