@@ -24,7 +24,7 @@ RUN is a run's folder, its checkpoints folder, or one checkpoint (checkpoints/it
   megatsp ckpt inspect RUN                          state, mesh, files and tensors of one
   megatsp ckpt verify RUN [--all] [--finite]        every checksum; exit status 1 names the damage
   megatsp ckpt diff A B                             state, settings, tensors; exit status 1 if they differ
-  megatsp ckpt plan RUN parallel.tsp=8              what loading it on a mesh takes; exit status 1: does not fit
+  megatsp ckpt plan RUN parallel.tsp=8              what loading it takes; exit status 1: does not fit
   megatsp ckpt prune RUN --keep-last 3 --dry-run    removes old ones
   megatsp ckpt reshard RUN --output FOLDER parallel.tsp=4 parallel.dp_shard=2
 
@@ -76,7 +76,7 @@ def _add_ls(parser: Any) -> None:
 def _add_inspect(parser: Any) -> None:
     parser.description = "Shows the state, mesh, files and tensors of a checkpoint; --json: its settings too."
     _add_run(parser)
-    parser.add_argument("--tensors", default="*", metavar="PATTERN", help="such as '*.q_proj.*' (default: all)")
+    parser.add_argument("--tensors", default="*", metavar="PATTERN", help="as '*.q_proj.*' (default: all)")
     _add_json(parser)
     parser.set_defaults(work=_inspect)
 
@@ -110,11 +110,11 @@ def _add_plan(parser: Any) -> None:
 
 def _add_prune(parser: Any) -> None:
     parser.description = (
-        "Removes checkpoints as checkpoint.keep_last and keep_every do. The newest, the best and the only whole "
-        "one always stay."
+        "Removes checkpoints as checkpoint.keep_last and keep_every do. The newest, the best and the "
+        "only whole one always stay."
     )
     _add_run(parser, one=False)
-    parser.add_argument("--keep-last", type=int, required=True, metavar="N", help="how many of the newest stay")
+    parser.add_argument("--keep-last", type=int, required=True, metavar="N", help="so many newest stay")
     text = "those of every so many iterations stay too (default: 0: none)"
     parser.add_argument("--keep-every", type=int, default=0, metavar="M", help=text)
     text = "this one stays too; it may be given several times"
@@ -124,7 +124,9 @@ def _add_prune(parser: Any) -> None:
 
 
 def _add_reshard(parser: Any) -> None:
-    parser.description = "Writes a run folder whose checkpoint is as another mesh's ranks would have saved it."
+    parser.description = (
+        "Writes a run folder with the checkpoint as another mesh's ranks would have saved it."
+    )
     _add_run(parser)
     parser.add_argument("overrides", nargs="+", metavar="group.key=value", help=_OVERRIDES)
     parser.add_argument("--output", type=_path, required=True, metavar="FOLDER", help="to write; must be new")
@@ -179,7 +181,9 @@ def _prune(given: Any) -> int:
     word = "would remove" if given.dry_run else "removed"
     for path, size in removed:
         print(f"{word} {path}, {shown_bytes(size)}")
-    left = [n for n in iterations(checkpoints) if folder_of(checkpoints, n) not in {path for path, _ in removed}]
+    left = [
+        n for n in iterations(checkpoints) if folder_of(checkpoints, n) not in {path for path, _ in removed}
+    ]
     total = shown_bytes(sum(size for _, size in removed))
     stay = ", ".join(map(str, left)) or "none"
     print(f"{word} {len(removed)} checkpoints, {total}; these stay: {stay}", flush=True)

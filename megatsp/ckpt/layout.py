@@ -33,11 +33,11 @@ def read_config(folder: Path) -> Config:
         raise ValueError(f"{folder}/config.yaml cannot be read: {error}; restore it") from None
 
 
-def onto_mesh(stored: Config, overrides: Iterable[str]) -> tuple[Config, int]:
-    """(a checkpoint's validated configuration on another mesh, its number of ranks).
+def onto_mesh(stored: Config, overrides: Iterable[str]) -> Config:
+    """A checkpoint's validated configuration on another mesh, of launch.nproc ranks.
 
-    With any override of `parallel` its other keys have their defaults, and axes one rank; without, the mesh is
-    the stored one. The number of ranks is launch.nproc if that is given, or else what the axes make.
+    With any override of `parallel` its other keys have their defaults, and axes one rank; without, the mesh
+    is the stored one. The number of ranks is launch.nproc if that is given, or else what the axes make.
 
     Raises:
         ValueError: an override that is unknown or not allowed.
@@ -56,8 +56,7 @@ def onto_mesh(stored: Config, overrides: Iterable[str]) -> tuple[Config, int]:
         raise ValueError(f"parallel.{axis}=-1: give its ranks, or the number of all by launch.nproc")
     else:
         world_size = math.prod(sizes)
-    config = replace(config, launch=replace(config.launch, nproc=max(1, world_size)))
-    return validate(config, world_size), world_size
+    return validate(replace(config, launch=replace(config.launch, nproc=max(1, world_size))), world_size)
 
 
 def held_by_ranks(config: Config, manifest: Manifest) -> tuple[dict[str, torch.Size], list[dict[str, Box]]]:
@@ -75,7 +74,9 @@ def held_by_ranks(config: Config, manifest: Manifest) -> tuple[dict[str, torch.S
                 found[name] = parameter.shape, boxes(parameter, world_size)
     if any(name.startswith(OPTIMIZER) for name in manifest.tensors):
         moments = {
-            f"{OPTIMIZER}{moment}.{name}": of_weight for name, of_weight in found.items() for moment in MOMENTS
+            f"{OPTIMIZER}{moment}.{name}": of_weight
+            for name, of_weight in found.items()
+            for moment in MOMENTS
         }
         found |= moments
     shapes = {name: shape for name, (shape, _) in found.items()}

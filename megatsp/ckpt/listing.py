@@ -34,7 +34,11 @@ def list_run(checkpoints: Path) -> dict[str, Any]:
         except ValueError as error:
             row["damage"] = str(error)
         rows.append(row)
-    lost = [f"{name} says {n}, which is not there" for name, n in pointers.items() if n is not None and n not in there]
+    lost = [
+        f"{name} says {n}, which is not there"
+        for name, n in pointers.items()
+        if n is not None and n not in there
+    ]
     final = {folder_of(checkpoints, iteration).name for iteration in there}
     left = sorted(p for p in checkpoints.iterdir() if p.name.startswith("iter_") and p.name not in final)
     leftovers = [{"folder": str(path), "bytes": _bytes_in(path)} for path in left]
@@ -56,7 +60,7 @@ def list_lines(found: dict[str, Any]) -> Iterator[str]:
             yield f"damaged: {row['damage']}"
     yield from (f"pointer {line}" for line in found["lost_pointers"])
     for left in found["leftovers"]:
-        yield f"left over: {left['folder']}, {shown_bytes(left['bytes'])} (something was cut off; the next save, or prune, removes it)"
+        yield f"left over: {left['folder']}, {shown_bytes(left['bytes'])}: the next save or prune removes it"
 
 
 def inspect(folder: Path, pattern: str) -> dict[str, Any]:
@@ -76,7 +80,9 @@ def inspect(folder: Path, pattern: str) -> dict[str, Any]:
         if fnmatchcase(name, pattern):
             tensors[name] = {"kind": kind, "dtype": entry.dtype, "shape": list(entry.shape), "bytes": size}
     if not tensors and manifest.tensors:
-        raise ValueError(f"--tensors {pattern}: no tensor of {folder} is called so, e.g. {next(iter(manifest.tensors))}")
+        raise ValueError(
+            f"--tensors {pattern}: no tensor of {folder} is called so, e.g. {next(iter(manifest.tensors))}"
+        )
     files = {name: asdict(entry) for name, entry in manifest.files.items()}
     return {
         "folder": str(folder),
@@ -98,8 +104,10 @@ def inspect_lines(found: dict[str, Any]) -> Iterator[str]:
         if value or name == "iteration":
             yield f"  {name:24} {value:,}" if type(value) is int else f"  {name:24} {value}"
     mesh = found["mesh"]
-    yield f"  {'written on':24} " + " x ".join(f"{axis} {mesh[axis]}" for axis in AXES) + (
-        f", {mesh['tsp_layout']}" * (mesh["tsp"] > 1) + ", FSDP over cp" * mesh["fsdp_over_cp"]
+    yield (
+        f"  {'written on':24} "
+        + " x ".join(f"{axis} {mesh[axis]}" for axis in AXES)
+        + (f", {mesh['tsp_layout']}" * (mesh["tsp"] > 1) + ", FSDP over cp" * mesh["fsdp_over_cp"])
     )
     for kind, size in found["bytes_by_kind"].items():
         yield f"  {kind:24} {shown_bytes(size)}"

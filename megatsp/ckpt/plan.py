@@ -27,7 +27,8 @@ def plan(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """
     check_folder(folder)
     before = read_config(folder)
-    config, world_size = onto_mesh(before, overrides)
+    config = onto_mesh(before, overrides)
+    world_size = config.launch.nproc
     stored = StoredTensors(folder)
     shapes, ranks = held_by_ranks(config, stored.manifest)
     state = read_state(folder)

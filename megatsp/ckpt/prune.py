@@ -13,7 +13,7 @@ def prune(
     """Removes old checkpoints: see `retain`. Returns (folder, bytes) of each; dry_run only returns them.
 
     Raises:
-        ValueError: a number that makes no sense, an iteration that is not there, a folder that cannot be removed.
+        ValueError: a number makes no sense, an iteration is not there, a folder cannot be removed.
     """
     if keep_last < 1:
         raise ValueError(f"--keep-last {keep_last}: must be at least 1")

@@ -32,7 +32,7 @@ from megatsp.hf.safetensors_file import DTYPES
 
 
 def reshard(source: Path, output: Path, overrides: Sequence[str]) -> Path:
-    """Writes a run folder `output` whose checkpoint is `source` as the ranks of another mesh would have saved it.
+    """Writes a run folder `output` with the checkpoint `source` as another mesh's ranks would have saved it.
 
     The tensors are equal to the bit, the state is the same; config.yaml has the new mesh. All files of the
     source are held against their checksums first.
@@ -45,7 +45,7 @@ def reshard(source: Path, output: Path, overrides: Sequence[str]) -> Path:
             cannot be written.
     """
     check_output(output, False, source)
-    config, world_size = onto_mesh(read_config(source), overrides)
+    config = onto_mesh(read_config(source), overrides)
     check_files(source)
     stored = StoredTensors(source)
     shapes, ranks = held_by_ranks(config, stored.manifest)
@@ -80,7 +80,9 @@ def _write_shards(
 
     writer = ShardWriter(folder, lambda: folder.mkdir(parents=True), complete)
     writer.set_up_storage_writer(is_coordinator=True)
-    local_plans = [SavePlan([_item(stored, *held) for held in rank.items()]) for rank in ranks]
+    local_plans = [
+        SavePlan([_item(stored, *held) for held in rank.items()], planner_data={}) for rank in ranks
+    ]
     plans, metadata = DefaultSavePlanner().create_global_plan(local_plans)
     results = []
     total = sum(item.tensor_storage_size() or 0 for plan in plans for item in plan.items)
@@ -98,7 +100,7 @@ def _item(stored: StoredTensors, name: str, box: Box) -> WriteItem:
     offsets, sizes = torch.Size(box.offsets), torch.Size(box.sizes)
     properties = TensorProperties(DTYPES[entry.dtype])
     data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), properties, torch.Size(entry.shape))
-    return WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, data)
+    return WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data)
 
 
 class _Source(DefaultSavePlanner):

@@ -15,7 +15,9 @@ def checkpoints_of(path: Path) -> Path:
     for folder in (path / "checkpoints", path):
         if iterations(folder) or (folder / LATEST).exists() or any(folder.glob("iter_*")):
             return folder
-    raise ValueError(f"no checkpoints in {path}: give a run's folder, <output_dir>/<name>, or its checkpoints/")
+    raise ValueError(
+        f"no checkpoints in {path}: give a run's folder, <output_dir>/<name>, or its checkpoints/"
+    )
 
 
 def find(path: Path, which: str | None = None) -> Path:

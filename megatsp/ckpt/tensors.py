@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatsp.checkpoint.manifest import read_manifest, raise_damage, size_problems
+from megatsp.checkpoint.manifest import raise_damage, read_manifest, size_problems
 from megatsp.checkpoint.storage import Part, find_parts
 from megatsp.hf.safetensors_file import DTYPES, TensorFile
 

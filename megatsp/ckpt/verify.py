@@ -17,8 +17,8 @@ _AT_ONCE = 8  # files whose checksums are computed between two moves of the bar
 def verify(folder: Path, finite: bool, say: Callable[[str], object] = print) -> list[str]:
     """What is wrong with a checkpoint, one line each; says what was found good.
 
-    Sizes and checksums of all files, the headers, that the parts make every tensor of the manifest, state.json
-    and config.yaml. finite: no NaN and no infinity in any tensor.
+    Looked at: sizes and checksums of all files, headers, that the parts make every tensor of the manifest,
+    state.json and config.yaml. finite: that no tensor has a NaN or an infinity, too.
     """
     try:
         manifest = read_manifest(folder)

@@ -55,9 +55,10 @@ def _file_systems(host: Host) -> Iterator[Finding]:
 
 
 def _limits(host: Host) -> Iterator[Finding]:
-    found = (limits.soft_limit(k) for k in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
-    locked = limits.soft_limit(resource.RLIMIT_MEMLOCK)
-    yield from limits.check_limits(*found, locked, host.on_gpu or Path("/sys/class/infiniband").is_dir())
+    kinds = resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK
+    files, processes, locked = map(limits.soft_limit, kinds)
+    needs_locked = host.on_gpu or Path("/sys/class/infiniband").is_dir()
+    yield from limits.check_limits(files, processes, locked, needs_locked)
 
 
 def _clock(host: Host) -> Iterator[Finding]:
@@ -99,11 +100,14 @@ def examine(
     checks: Mapping[str, Callable[[Host], Iterator[Finding]]] = CHECKS,
 ) -> list[Finding]:
     """Runs all checks on this host; one that fails itself is a problem, and the others go on."""
-    host, found = Host(output_dir, variables), []
+    host = Host(output_dir, variables)
+    found: list[Finding] = []
     for name, check in checks.items():
         try:
             found += check(host)
         except Exception as error:  # of a broken installation or driver: that is what is looked for
-            text = f"this check itself failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
-            found.append(Finding(name, "check", PROBLEM, text, "mend what it names, and report it if it is ours"))
+            text = f"this check itself failed: {type(error).__name__}: {error}"
+            found.append(
+                Finding(name, "check", PROBLEM, text, "mend what it names, and report it if it is ours")
+            )
     return found

@@ -20,9 +20,9 @@ from megatsp.parser import Parser
 _TIMEOUT_S = 300
 
 DESCRIPTION = """\
-Says what would keep a run from starting, from being right or from being fast, and how to mend it: versions,
-GPUs and their links, kernels, the folder of runs, limits, clocks, network, environment. Exit status 1 if there
-is a problem. Under torchrun or srun every host is examined, and hosts are compared:
+Says what would keep a run from starting, from being right or from being fast, and how to mend it:
+versions, GPUs and their links, kernels, the folder of runs, limits, clocks, network, environment.
+Exit status 1 if there is a problem. Under torchrun or srun hosts are examined and compared:
 
   megatsp doctor --output-dir /scratch/runs
   srun --ntasks-per-node=1 megatsp doctor

@@ -85,8 +85,12 @@ def _threads(environment: Mapping[str, str], num_cores: int) -> Iterator[Finding
 def _proxies(environment: Mapping[str, str]) -> Iterator[Finding]:
     lower = {name.lower(): value for name, value in environment.items()}
     used = [name for name in _PROXIES if lower.get(name)]
-    if used and not {"localhost", "127.0.0.1", "*"} & {p.strip() for p in lower.get("no_proxy", "").split(",")}:
-        text = f"{used[0]} is set, and no_proxy leaves out localhost: local services are asked for at the proxy"
+    if used and not {"localhost", "127.0.0.1", "*"} & {
+        p.strip() for p in lower.get("no_proxy", "").split(",")
+    }:
+        text = (
+            f"{used[0]} is set, and no_proxy leaves out localhost: local services are asked for at the proxy"
+        )
         yield _warning("proxies", text, "export no_proxy=localhost,127.0.0.1")
 
 

@@ -10,8 +10,8 @@ STATUSES = (OK, WARNING, PROBLEM)
 class Finding:
     """One line of the report.
 
-    check, subject: what was looked at, such as versions and torch. status: ok, warning (a run works, but worse
-    or otherwise than it could) or problem (a run will fail). fix: what to do; empty if ok.
+    check, subject: what was looked at, such as versions and torch. status: ok, warning (a run works, but
+    worse or otherwise than it could) or problem (a run will fail). fix: what to do; empty if ok.
     """
 
     check: str

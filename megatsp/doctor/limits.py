@@ -9,10 +9,10 @@ _FILES, _PROCESSES, _LOCKED_BYTES = 4096, 4096, 1 << 30
 
 
 def check_limits(files: int, processes: int, locked_bytes: int, needs_locked: bool) -> Iterator[Finding]:
-    """Soft limits; -1 is unlimited. needs_locked: there is a GPU or a network card that reads memory by itself."""
+    """Soft limits; -1 is unlimited. needs_locked: a GPU or a network card reads memory by itself."""
     rows = [
         ("open files", files, _FILES, "ulimit -n 65536", "sockets between ranks and files of data are many"),
-        ("processes", processes, _PROCESSES, "ulimit -u 65536", "ranks, data workers and their threads count"),
+        ("processes", processes, _PROCESSES, "ulimit -u 65536", "ranks, data workers and threads count"),
     ]  # fmt: skip
     if needs_locked:
         why = "pinned memory and RDMA need more"

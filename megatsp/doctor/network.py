@@ -33,7 +33,7 @@ def two_ends_error() -> str:
     def meet(rank: int) -> None:
         try:
             own = dist.TCPStore("127.0.0.1", store.port, wait_for_workers=False, timeout=_TIMEOUT)
-            group = dist.ProcessGroupGloo(own, rank, 2, _TIMEOUT)
+            group: Any = dist.ProcessGroupGloo(own, rank, 2, _TIMEOUT)
             number = torch.full((3,), float(rank + 1))
             group.allreduce([number]).wait()
             if number.tolist() != [3.0] * 3:
@@ -53,7 +53,7 @@ def two_ends_error() -> str:
 
 def check_two_ends(error: str) -> Iterator[Finding]:
     if error:
-        fix = "set GLOO_SOCKET_IFNAME (ip addr lists interfaces; lo alone), and let the firewall pass localhost"
+        fix = "set GLOO_SOCKET_IFNAME (`ip addr` lists interfaces); let the firewall pass localhost"
         yield Finding("network", "gloo", PROBLEM, f"two ends on this host cannot all-reduce: {error}", fix)
     else:
         yield Finding("network", "gloo", OK, "two ends on this host all-reduce")

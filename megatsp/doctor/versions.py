@@ -40,7 +40,7 @@ def check_versions(
     version_of: Callable[[str], str | None],
     on_gpu: bool,
 ) -> Iterator[Finding]:
-    """python: its version, and which are allowed. requirements: as in pyproject.toml. on_gpu: triton is needed."""
+    """python: its version, and which are allowed. requirements: pyproject.toml's. on_gpu: needs triton."""
     found, allowed = python
     if SpecifierSet(allowed).contains(found):
         yield Finding("versions", "python", OK, found)
@@ -81,7 +81,7 @@ def check_torch_build(
         yield Finding("versions", "torch build", PROBLEM, f"for CPU, but this host has {there[0]}", fix)
     elif there and not sees_gpu:
         text = f"for {build}, and this host has {there[0]}, but torch sees none"
-        fix = "check the driver (nvidia-smi, rocm-smi), and *_VISIBLE_DEVICES; in a container: --gpus or --device"
+        fix = "check the driver (nvidia-smi, rocm-smi), and *_VISIBLE_DEVICES; in containers --gpus, --device"
         yield Finding("versions", "torch build", PROBLEM, text, fix)
     elif build != "CPU" and not sees_gpu:
         fix = "nothing, if this host is to have no GPU (a login node)"

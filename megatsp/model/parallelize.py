@@ -100,7 +100,7 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
 
 
 def lay_out(config: Config, axes: Axes) -> GPT:
-    """The GPT of `config` without data, on torch's meta device: what it has, and which rank holds which part."""
+    """The GPT of `config` without data, on torch's meta device: which rank holds which part of what."""
     with torch.device("meta"):
         gpt = GPT(config.model)
         add_adapters(gpt, config.finetune)
