@@ -51,7 +51,7 @@ def _kernels(host: Host) -> Iterator[Finding]:
 
 
 def _file_systems(host: Host) -> Iterator[Finding]:
-    yield from file_systems.check_output(host.output_dir)
+    yield from file_systems.check_output(host.output_dir, file_systems.PROBE_BYTES)
 
 
 def _limits(host: Host) -> Iterator[Finding]:

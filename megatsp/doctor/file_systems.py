@@ -53,7 +53,7 @@ def check_space(folder: Path, kind: str, total_bytes: int, free_bytes: int) -> I
         yield Finding(CHECK, "space", OK, text)
 
 
-def check_writing(folder: Path, probe_bytes: int = PROBE_BYTES) -> Iterator[Finding]:
+def check_writing(folder: Path, probe_bytes: int) -> Iterator[Finding]:
     """Writes, syncs, renames, locks and removes files of its own under `folder`."""
     try:
         probe = Path(tempfile.mkdtemp(prefix=".megatsp-doctor-", dir=folder))
@@ -114,7 +114,7 @@ def judge_lock(wrong: str) -> Finding:
     return Finding(CHECK, "locks", OK, "flock keeps a second run out")
 
 
-def check_output(output_dir: Path, probe_bytes: int = PROBE_BYTES) -> Iterator[Finding]:
+def check_output(output_dir: Path, probe_bytes: int) -> Iterator[Finding]:
     """All of this module, of the folder that runs are written to; it need not exist yet."""
     folder = nearest_folder(output_dir)
     mounts = Path("/proc/mounts")
