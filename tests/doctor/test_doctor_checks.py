@@ -101,7 +101,7 @@ def test_writing_leaves_nothing(tmp_path, monkeypatch):
     assert file_systems.judge_speed(500e6).status == OK
     assert file_systems.judge_speed(20e6).status == WARNING
     assert file_systems.judge_lock("a second one was given").status == PROBLEM
-    (found,) = file_systems.check_writing(tmp_path / "nowhere")
+    (found,) = file_systems.check_writing(tmp_path / "nowhere", 1 << 20)
     assert found.status == PROBLEM and "No such file" in found.text
 
     def full(descriptor: int) -> None:
