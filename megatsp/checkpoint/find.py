@@ -3,14 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from megatsp.checkpoint.manifest import (
-    SUFFIX,
-    Damaged,
-    raise_damage,
-    read_manifest,
-    size_problems,
-    sum_problems,
-)
+from megatsp.checkpoint.manifest import Damaged, check_folder
 from megatsp.checkpoint.paths import LATEST, folder_of, iterations
 
 
@@ -34,6 +27,8 @@ def find_good(checkpoints: Path, strict: bool, say: Callable[[str], object]) -> 
                 f"{trouble}, and checkpoint.strict=true: write {there[0]} into it to go on from there"
             )
         say(f"{trouble}: the newest whole one of {len(there)} is taken")
+    elif newest is None and (checkpoints / LATEST).exists():
+        raise Damaged(f"{checkpoints / LATEST} names no checkpoint, and there is none beside it")
     elif newest is not None and newest not in there:
         there = sorted({*there, newest}, reverse=True)
     good: list[Path] = []
@@ -55,19 +50,6 @@ def find_good(checkpoints: Path, strict: bool, say: Callable[[str], object]) -> 
     for line in bad:
         say(f"passed over: {line}")
     return good
-
-
-def check_folder(folder: Path) -> None:
-    """Checks a checkpoint as far as takes no time: sizes, and what is in the small files.
-
-    Raises:
-        Damaged: a file is missing, has another size or, of the small ones, another checksum.
-        ValueError: see `read_manifest`.
-    """
-    manifest = read_manifest(folder)
-    problems = size_problems(folder, manifest)
-    small = [name for name in manifest.files if not name.endswith(SUFFIX)]
-    raise_damage(folder, problems or sum_problems(folder, manifest, small))
 
 
 def _pointer(checkpoints: Path) -> int | None:

@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 FORMAT = "megatsp-checkpoint"
 VERSION = 1
 SUFFIX = ".safetensors"  # of the files that hold tensors
+_SEAL = "xxh3_128"  # the key of the manifest's own checksum, of everything else in it
 _READ_BYTES = 1 << 23  # at a time
 _THREADS = 4
 FIX = f"restore it, or write the iteration of another checkpoint into {LATEST} beside it"
@@ -88,15 +89,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise Damaged(f"{folder} is damaged: {MANIFEST} is no JSON: {error}; {FIX}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise Damaged(f"{folder} is damaged: {MANIFEST} is none of {FORMAT}; {FIX}")
-    version = content.get("version")
+    seal, version = content.pop(_SEAL, None), content.get("version")
+    if seal is not None and seal != _seal(content):
+        raise Damaged(f"{folder} is damaged: {MANIFEST} is not what was written, by its own checksum; {FIX}")
     if type(version) is int and version > VERSION:
         raise ValueError(
             f"{folder} is of version {version} of our checkpoints; this megatsp reads version {VERSION}: "
             "update megatsp"
         )
     try:
-        if version != VERSION:
-            raise ValueError(f"version {version!r}")
+        if version != VERSION or seal is None:
+            raise ValueError(f"version {version!r}" if seal else f"no {_SEAL}")
         files = {name: _file(value) for name, value in content["files"].items()}
         tensors = {name: _tensor(value) for name, value in content["tensors"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -109,9 +112,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes it, and brings it to the disk; everything that it lists is there already."""
-    content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    (folder / MANIFEST).write_text(sealed({"format": FORMAT, "version": VERSION, **asdict(manifest)}))
     sync(folder / MANIFEST)
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """A manifest's text, with the checksum of what it says."""
+    return json.dumps({**content, _SEAL: _seal(content)}, indent=1) + "\n"
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def size_problems(folder: Path, manifest: Manifest) -> list[str]:
@@ -165,6 +176,20 @@ def check_files(folder: Path, verify: str = "checksums") -> Manifest:
     if not problems and verify == "checksums":
         problems = sum_problems(folder, manifest)
     raise_damage(folder, problems)
+    return manifest
+
+
+def check_folder(folder: Path) -> Manifest:
+    """The manifest of a checkpoint that is checked as far as takes no time: sizes, and small files' sums.
+
+    Raises:
+        Damaged: a file is missing, has another size or, of the small ones, another checksum.
+        ValueError: see `read_manifest`.
+    """
+    manifest = read_manifest(folder)
+    problems = size_problems(folder, manifest)
+    small = [name for name in manifest.files if not name.endswith(SUFFIX)]
+    raise_damage(folder, problems or sum_problems(folder, manifest, small))
     return manifest
 
 

@@ -36,6 +36,7 @@ from megatsp.checkpoint.manifest import (
     Manifest,
     TensorEntry,
     check_files,
+    check_folder,
     entry_of,
     raise_damage,
     sum_problems,
@@ -238,7 +239,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         ValueError: it is another one, or the checkpoint is damaged.
     """
     state = read_state(folder)
-    # A checkpoint of a version that stored no fingerprint has nothing to compare.
+    # One that was saved without a tokenizer has nothing to compare.
     if state.tokenizer_fingerprint and state.tokenizer_fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"{folder} was trained with another tokenizer: '{state.tokenizer}', fingerprint "
@@ -253,8 +254,9 @@ def load_tokenizer_of(folder: Path, spec: str) -> Tokenizer:
     """The tokenizer that is stored in a checkpoint; `spec` where it has none.
 
     Raises:
-        ValueError: it is not the one that the checkpoint was trained with, or cannot be read.
+        ValueError: the checkpoint is damaged, or it is not the tokenizer that it was trained with.
     """
+    check_folder(folder)
     stored = folder / TOKENIZER
     tokenizer = load_tokenizer(str(stored) if stored.exists() else spec)
     check_tokenizer(folder, tokenizer)

@@ -2,13 +2,15 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatsp.checkpoint import paths, store
+from megatsp.checkpoint.find import find_good
+from megatsp.checkpoint.manifest import FIX, Damaged
 from megatsp.compose import from_yaml
 from megatsp.schema import Config
 from megatsp.training.logs import read_metrics
@@ -29,31 +31,44 @@ ORDERING = (
 )  # fmt: skip
 
 
-def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that a run of this name goes on from; None if the run is new.
+def find_checkpoints(config: Config, say: Callable[[str], object]) -> list[Path]:
+    """The checkpoints that a run of this name can go on from, newest first; none if the run is new.
+
+    In one process. say: is given a line for each one that is passed over.
 
     Raises:
-        ValueError: the folder holds something else: a run that logged but saved no checkpoint, a run of
-            another model or data, or no run at all.
+        ValueError: the folder holds something else: a run that logged but has no checkpoint that is whole, a
+            run of another model or data, or no run at all; with checkpoint.strict, the newest is not whole.
     """
     folder = run_folder(config)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} exists and is not a run of megatsp: choose another name= or output_dir=")
     if not folder.exists() or {file.name for file in folder.iterdir()} <= {LOCK}:
-        return None
-    fix = f"choose another name= (or output_dir=), or remove {folder} yourself"
+        return []
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} exists and is not a run of megatsp: {fix}")
-    found = paths.latest(folder / "checkpoints")
-    if found is None:
+        raise ValueError(f"{folder} exists and is not a run of megatsp: {_fix(config)}")
+    checkpoints = folder / "checkpoints"
+    try:
+        paths.recover(checkpoints)
+    except OSError as error:
+        raise ValueError(f"cannot put {error.filename} back: {error.strerror}") from error
+    found = find_good(checkpoints, config.checkpoint.strict, say)
+    if not found:
         if not _has_metrics(folder):
-            return None  # it ended before its first log line: there is nothing to lose
-        raise ValueError(f"{folder} holds a run that has no checkpoint to resume from: {fix}")
-    saved = found / "config.yaml"
-    if not saved.is_file():
-        raise ValueError(f"{found} is damaged: config.yaml is missing; restore it, or {fix}")
-    old = from_yaml(saved.read_text())
-    is_import = found == paths.folder_of(folder / "checkpoints", 0)  # nothing was trained yet
+            return []  # it ended before its first log line: there is nothing to lose
+        raise ValueError(f"{folder} holds a run that has no checkpoint to resume from: {_fix(config)}")
+    check_settings(config, found[0])
+    return found
+
+
+def check_settings(config: Config, found: Path) -> None:
+    """Checks that a checkpoint of the run's folder is of this run.
+
+    Raises:
+        ValueError: it is of another model, or of a run whose samples or training are others.
+    """
+    old = _config_of(found)
+    is_import = _is_import(config, found)
     changed = [
         f"{path}: {before!r} there, {now!r} now"
         for key in (("model",) if is_import else FROZEN)
@@ -63,9 +78,20 @@ def find_checkpoint(config: Config) -> Path | None:
         changed.append(f"finetune.hf: {old.finetune.hf!r} there, {config.finetune.hf!r} now")
     if changed:
         raise ValueError(
-            f"{folder} holds another run; it differs in {'; '.join(changed)}. To start anew, {fix}"
+            f"{run_folder(config)} holds another run; it differs in {'; '.join(changed)}. To start anew, "
+            f"{_fix(config)}"
         )
-    return found
+
+
+def changed_settings(config: Config, found: Path) -> str:
+    """One line of the settings that are others than those that a checkpoint was saved with; "" if none is."""
+    if _is_import(config, found):
+        return ""
+    changed = [
+        f"{path} {before!r} -> {now!r}"
+        for path, before, now in _differences("", asdict(_config_of(found)), asdict(config))
+    ]
+    return f"changed since {found.name}: {', '.join(changed)}" if changed else ""
 
 
 def check_data(config: Config, found: Path, data_key: str) -> None:
@@ -77,7 +103,7 @@ def check_data(config: Config, found: Path, data_key: str) -> None:
     saved = store.read_state(found).data_key
     if not saved or saved == data_key:
         return
-    old = from_yaml((found / "config.yaml").read_text())
+    old = _config_of(found)
     changed = [
         f"{path}: {before!r} there, {now!r} now"
         for key in ORDERING
@@ -118,6 +144,23 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
+def _fix(config: Config) -> str:
+    return f"choose another name= (or output_dir=), or remove {run_folder(config)} yourself"
+
+
+def _is_import(config: Config, found: Path) -> bool:
+    """Whether nothing was trained yet: any run of the model may begin there."""
+    return found == paths.folder_of(run_folder(config) / "checkpoints", 0)
+
+
+def _config_of(found: Path) -> Config:
+    """What a checkpoint was saved with; that nothing in it is resolved or built is for `from_yaml` to see."""
+    try:
+        return from_yaml((found / "config.yaml").read_text())
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{found} is damaged: cannot read config.yaml: {error}; {FIX}") from error
+
+
 def _has_metrics(folder: Path) -> bool:
     """Whether a step was logged; the loss of weights that nothing was done to is no loss."""
     path = folder / "metrics.jsonl"
@@ -138,5 +181,6 @@ def _get(config: Config, path: str) -> Any:
 def _differences(path: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
     """(dotted path, before, now) of every leaf that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
-        return [d for key in now for d in _differences(f"{path}.{key}", before.get(key), now[key])]
+        prefix = f"{path}." if path else ""
+        return [d for key in now for d in _differences(f"{prefix}{key}", before.get(key), now[key])]
     return [] if before == now else [(path, before, now)]

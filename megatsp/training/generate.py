@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatsp.axes import Axes, choose_device, join
 from megatsp.checkpoint import paths, store
+from megatsp.checkpoint.manifest import check_folder
 from megatsp.compose import from_yaml
 from megatsp.data.tokenizer import Tokenizer
 from megatsp.model.gpt import GPT, local
@@ -40,6 +41,7 @@ def main(
     if which == "last" and paths.latest(checkpoints) is None:
         raise ValueError(f"{run_folder} has no checkpoint: train it first, or give another run's folder")
     found = paths.chosen(checkpoints, which)
+    check_folder(found)  # loading checks the large files
     config = from_yaml((found / "config.yaml").read_text())
     if base:
         if not config.finetune.lora_rank:

@@ -28,7 +28,7 @@ from megatsp.training.base import Base
 from megatsp.training.best import check_best, is_exhausted, judge, point_to_best
 from megatsp.training.evaluate import evaluate
 from megatsp.training.flops import attended_pairs
-from megatsp.training.folder import check_data, find_checkpoint, lock, run_folder
+from megatsp.training.folder import check_data, find_checkpoints, lock, run_folder
 from megatsp.training.give_back import give_back
 from megatsp.training.interval import Interval, StepResult
 from megatsp.training.logs import Reporter, evaluation_line, iteration_line, read_metrics
@@ -36,6 +36,7 @@ from megatsp.training.messages import blame, greeting, source_lines, transfers
 from megatsp.training.optimizer import AdamW, clip_gradients
 from megatsp.training.plot import plot_loss
 from megatsp.training.ranks import from_first, on_device, sum_over_ranks
+from megatsp.training.resume import Resumed, find_candidates, load_newest
 from megatsp.training.schedule import learning_rate
 from megatsp.training.step import Batch, accumulate_gradients
 from megatsp.validate import validate
@@ -74,10 +75,10 @@ class Training:
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.data = load_splits(config, self.tokenizer)
         self.folder = run_folder(config)
-        self.resumed_from = find_checkpoint(config)
+        self.candidates = find_candidates(config)
+        self.resumed_from = self.candidates[0] if self.candidates else None
         if self.resumed_from is not None:
-            store.check_tokenizer(self.resumed_from, self.tokenizer)
-            check_data(config, self.resumed_from, self.data.key)
+            self._check(self.resumed_from)
         self.base = Base(config, self.resumed_from, self.tokenizer) if config.finetune.hf else None
         dist.barrier()  # every rank has looked before one writes
         self.axes = Axes.build(config.parallel, device)
@@ -90,16 +91,24 @@ class Training:
         self.optimizer = AdamW(self.gpt, config.optimizer)
         self.state = RunState(data_key=self.data.key)
         self.saved_at = 0
+        self.resumed: Resumed | None = None  # and what loading it took
         if self.base is not None:
             self.base.fill(self.gpt, self.axes, is_new=self.resumed_from is None)
             self.state = replace(self.state, base_fingerprint=self.base.source.fingerprint)
         if self.resumed_from is not None:
-            saved = store.load(self.resumed_from, self.gpt, self.optimizer.tensors())
-            self.state = replace(saved, data_key=self.data.key)  # the same, or not known then
+            tensors = self.optimizer.tensors()
+            self.resumed = load_newest(config, self.candidates, self.gpt, tensors, self._check)
+            self.resumed_from = self.resumed.folder
+            self.state = replace(self.resumed.state, data_key=self.data.key)  # the same, or not known then
             self.optimizer.loaded(self.state.iteration)
             self.saved_at = self.state.iteration
             check_best(config, self.folder / "checkpoints", self.state)
         self.is_first = dist.get_rank() == 0
+
+    def _check(self, found: Path) -> None:
+        """Refuses a checkpoint of another tokenizer or of other data."""
+        store.check_tokenizer(found, self.tokenizer)
+        check_data(self.config, found, self.data.key)
 
     def run(self, interrupted: list[int]) -> bool:
         """Trains to the end, or to the step in which a rank was interrupted; returns whether it is whole."""
@@ -270,7 +279,7 @@ class Training:
 
     def _open_folder(self) -> None:
         if self.is_first:
-            if find_checkpoint(self.config) != self.resumed_from:
+            if find_checkpoints(self.config, lambda line: None) != self.candidates:
                 raise ValueError(f"another run saved into {self.folder} meanwhile: start again")
             paths.replace_text(self.folder / "config.yaml", to_yaml(self.config))
             if self.base is not None:

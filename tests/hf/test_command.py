@@ -219,8 +219,11 @@ def test_a_damaged_checkpoint(run, tmp_path, capsys):
 
     broken = Path(shutil.copytree(run, tmp_path / "broken"))
     shard = next(broken.rglob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1])
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
     assert "is damaged" in fails(capsys, "export", broken, tmp_path / "x")
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert f"{shard.name} has checksum" in fails(capsys, "export", broken, tmp_path / "x")
     shard.unlink()
     assert "is missing" in fails(capsys, "export", broken, tmp_path / "x")
 

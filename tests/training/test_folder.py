@@ -1,16 +1,20 @@
 """A run folder is new, resumed or refused, and looking at it changes nothing."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import files
 
+from megatsp.checkpoint.manifest import MANIFEST, Damaged, Manifest, write_manifest
 from megatsp.checkpoint.paths import LATEST, folder_of
+from megatsp.checkpoint.state import RunState, state_to_json
+from megatsp.checkpoint.store import write_files
 from megatsp.compose import to_yaml
 from megatsp.schema import Config
-from megatsp.training.folder import find_checkpoint, lock, run_folder
+from megatsp.training.folder import changed_settings, find_checkpoints, lock, run_folder
 
 
 @pytest.fixture
@@ -24,12 +28,27 @@ def make_run(config: Config, iteration: int = 0) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
     if iteration:
-        checkpoint = folder_of(folder / "checkpoints", iteration)
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "config.yaml").write_text(to_yaml(config))
-        (checkpoint / "state.json").write_text("{}")
+        make_checkpoint(config, iteration)
         (folder / "checkpoints" / LATEST).write_text(f"{iteration}\n")
     return folder
+
+
+def make_checkpoint(config: Config, iteration: int) -> Path:
+    """One that holds no tensors."""
+    folder = folder_of(run_folder(config) / "checkpoints", iteration)
+    folder.mkdir(parents=True)
+    state = state_to_json(RunState(iteration=iteration))
+    files = write_files(folder, {"config.yaml": to_yaml(config).encode(), "state.json": state})
+    write_manifest(folder, Manifest(files, {}))
+    return folder
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The newest one, of which nothing is to be said."""
+    said: list[str] = []
+    found = find_checkpoints(config, said.append)
+    assert not said
+    return found[0] if found else None
 
 
 def test_new(config):
@@ -78,7 +97,8 @@ def test_another_run_is_refused(config, group, key, value, message):
 
 def test_an_import_becomes_any_run_of_its_model(config):
     folder = make_run(config, 20)
-    (folder / "checkpoints" / "iter_0000020").rename(folder / "checkpoints" / "iter_0000000")
+    shutil.rmtree(folder / "checkpoints")
+    make_checkpoint(config, 0)
     (folder / "checkpoints" / LATEST).write_text("0\n")
     changed = replace(config, trainer=replace(config.trainer, seed=7, seq_length=64))
     assert find_checkpoint(changed) == folder / "checkpoints" / "iter_0000000"
@@ -108,13 +128,76 @@ def test_what_is_no_run_is_refused(config):
         find_checkpoint(config)
 
 
-@pytest.mark.parametrize("text", ["40", "newest", ""])
-def test_a_pointer_to_nothing_names_what_exists(config, text):
+@pytest.mark.parametrize("text", ["newest", ""])
+def test_without_a_readable_pointer_the_newest_whole_one_is_taken(config, text):
     folder = make_run(config, 20)
+    older, newest = make_checkpoint(config, 10), make_checkpoint(config, 30)
+    (newest / "state.json").unlink()
     (folder / "checkpoints" / LATEST).write_text(text)
-    with pytest.raises(ValueError, match="there is no such checkpoint beside it") as caught:
-        find_checkpoint(config)
-    assert f"says {text!r}" in str(caught.value) and "(iter_0000020)" in str(caught.value)
+    said: list[str] = []
+    assert find_checkpoints(config, said.append) == [folder / "checkpoints" / "iter_0000020", older]
+    assert "names no checkpoint: the newest whole one of 3 is taken" in said[0]
+    assert "iter_0000030 is damaged: state.json, of" in said[1] and "is missing" in said[1]
+    strict = replace(config, checkpoint=replace(config.checkpoint, strict=True))
+    with pytest.raises(ValueError, match="checkpoint.strict=true"):
+        find_checkpoints(strict, said.append)
+
+
+def test_none_newer_than_the_pointer_says(config):
+    folder = make_run(config, 20)
+    make_checkpoint(config, 30)
+    assert find_checkpoint(config) == folder / "checkpoints" / "iter_0000020"
+
+
+def test_damaged_ones_are_named_and_passed_over(config):
+    folder = make_run(config, 20)
+    older, newest = make_checkpoint(config, 10), folder / "checkpoints" / "iter_0000020"
+    whole = (newest / "config.yaml").read_text()
+    (newest / "config.yaml").write_text(whole.replace("1234", "1235"))  # of the same size, and no other run
+    said: list[str] = []
+    assert find_checkpoints(config, said.append) == [older]
+    assert len(said) == 1 and said[0].startswith(
+        f"passed over: {newest} is damaged: config.yaml has checksum"
+    )
+    strict = replace(config, checkpoint=replace(config.checkpoint, strict=True))
+    with pytest.raises(Damaged, match="set checkpoint.strict=false to go on from an older one"):
+        find_checkpoints(strict, said.append)
+    (older / MANIFEST).unlink()
+    with pytest.raises(Damaged, match="has no whole checkpoint: ") as caught:  # never a new run
+        find_checkpoints(config, said.append)
+    assert "iter_0000020 is damaged" in str(caught.value) and "iter_0000010 has no" in str(caught.value)
+
+
+def test_a_pointer_to_nothing_is_no_new_run(config):
+    folder = make_run(config)
+    (folder / "checkpoints").mkdir()
+    for text, message in (("40", "iter_0000040 is not there"), ("newest", "names no checkpoint")):
+        (folder / "checkpoints" / LATEST).write_text(text)
+        with pytest.raises(Damaged, match=message):
+            find_checkpoint(config)
+
+
+def test_a_replacement_that_was_cut_off_is_undone(config):
+    folder = make_run(config, 20) / "checkpoints"
+    (folder / "iter_0000020").rename(folder / "iter_0000020.old")
+    assert find_checkpoint(config) == folder / "iter_0000020"
+    make_checkpoint(config, 30).rename(folder / "iter_0000020.old")  # cut off later: both are there
+    assert find_checkpoint(config) == folder / "iter_0000020"
+    assert sorted(path.name for path in folder.iterdir()) == ["iter_0000020", LATEST]
+
+
+def test_what_a_resumed_run_changes_is_said(config):
+    found = make_run(config, 20) / "checkpoints" / "iter_0000020"
+    assert changed_settings(config, found) == ""
+    changed = replace(
+        config,
+        optimizer=replace(config.optimizer, lr=1.0),
+        trainer=replace(config.trainer, global_batch_size=16),
+    )
+    batch, lr = config.trainer.global_batch_size, config.optimizer.lr
+    said = changed_settings(changed, found)
+    assert said.startswith("changed since iter_0000020: ") and said.count("->") == 2
+    assert f"optimizer.lr {lr} -> 1.0" in said and f"trainer.global_batch_size {batch} -> 16" in said
 
 
 def test_two_runs_do_not_share_a_folder(config):

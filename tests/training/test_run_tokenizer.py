@@ -14,7 +14,7 @@ from megatsp.checkpoint import store
 from megatsp.compose import compose
 from megatsp.data.indexed import IndexedWriter
 from megatsp.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
-from megatsp.training.folder import find_checkpoint
+from megatsp.training.folder import find_checkpoints
 from megatsp.training.generate import main as generate
 
 SHORT = (
@@ -57,9 +57,8 @@ def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
         train_on_ranks(1, [*run, "trainer.train_iters=3"])
     for tokenizer in (first, second):
         assert tokenizer.fingerprint[:12] in str(caught.value)
-    # A checkpoint of a version that stored no fingerprint has nothing to compare.
-    found = find_checkpoint(compose(run))
-    assert found is not None
+    # A checkpoint that stores no fingerprint has nothing to compare.
+    found = find_checkpoints(compose(run), print)[0]
     state = json.loads((found / "state.json").read_text())
     assert (state.pop("tokenizer"), state.pop("tokenizer_fingerprint")) == (
         f"{tmp_path}/tokenizer",
@@ -78,20 +77,9 @@ def test_generate_needs_nothing_but_the_checkpoint(tmp_path):
     )
     printed, errors = job.communicate(timeout=120)
     assert (job.returncode, errors) == (0, "") and printed.startswith("def ")
-    # Of an earlier version: tokenizer.json beside the weights, and no fingerprint.
-    found = tmp_path / "run" / "checkpoints" / "iter_0000002"
-    state = json.loads((found / "state.json").read_text())
-    (found / "tokenizer" / "tokenizer.json").rename(found / "tokenizer.json")
-    (found / "tokenizer").rmdir()
-    old = state | {"files": {}, "tokenizer": "", "tokenizer_fingerprint": ""}
-    (found / "state.json").write_text(json.dumps(old))
-    assert store.load_tokenizer_of(found, "gone").fingerprint == tokenizer.fingerprint
     # Another one in its place is found out, before any rank starts to work.
-    train_bpe(CORPUS[1:], 300, found / "tokenizer.json")
-    (found / "state.json").write_text(json.dumps(state | {"files": {}}))
-    with pytest.raises(
-        ValueError, match=r"another tokenizer: '.*/tokenizer', .*; this one is '.*tokenizer\.json'"
-    ):
+    train_bpe(CORPUS[1:], 300, tmp_path / "run/checkpoints/iter_0000002/tokenizer/tokenizer.json")
+    with pytest.raises(ValueError, match=r"is damaged: tokenizer/tokenizer\.json, of "):
         generate(tmp_path / "run", "last", "", "", 1, 0.0, 1)
 
 
@@ -111,4 +99,4 @@ def test_a_checkpoint_whose_tokenizer_is_damaged_is_refused(tmp_path):
     assert store.load_tokenizer_of(found, "byte").fingerprint == ByteTokenizer().fingerprint
     (found / "tokenizer" / "megatsp_tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"is damaged: tokenizer/megatsp_tokenizer\.json, .*is missing"):
-        store.read_state(found)
+        store.load_tokenizer_of(found, "byte")

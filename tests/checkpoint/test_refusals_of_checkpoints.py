@@ -1,0 +1,221 @@
+"""A checkpoint that is damaged, of another model, of the future or not to be trusted is refused."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from megatsp.checkpoint.manifest import MANIFEST, Damaged, check_files, check_folder, read_manifest, sealed
+from megatsp.checkpoint.paths import LATEST, folder_of
+from megatsp.checkpoint.state import RunState, state_from_json, state_to_json
+from megatsp.checkpoint.store import load, read_state, write
+from megatsp.compose import from_yaml, to_yaml
+from megatsp.data.tokenizer import ByteTokenizer
+from megatsp.hf.kept import stored_files
+from megatsp.schema import Config
+
+STATE = RunState(
+    iteration=3, consumed_samples=12, skipped_samples=((4, 8), (9, 10)), recent_losses=(2.5, 2.0)
+)
+EXTRA = {"config.yaml": to_yaml(Config()).encode(), "hf/config.json": b"{}"}
+MOMENT = "optimizer.exp_avg.up.weight"
+SHARD = "shard-00001-of-00001.safetensors"
+
+
+def model(width: int = 5, layers: tuple[str, ...] = ("up", "down")) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({name: nn.Linear(3, width, bias=False) for name in layers})
+
+
+def tensors(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {**{name: p.detach() for name, p in net.named_parameters()}, MOMENT: torch.rand(5, 3)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, made in this process alone."""
+    checkpoints = tmp_path_factory.mktemp("checkpoints")
+    written = write(checkpoints, STATE, tensors(model()), EXTRA, ByteTokenizer())
+    assert written.folder == folder_of(checkpoints, 3) and (checkpoints / LATEST).read_text() == "3\n"
+    assert written.bytes == sum(p.stat().st_size for p in written.folder.rglob("*.*") if p.name != MANIFEST)
+    return written.folder
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "iter_0000003")
+
+
+def test_what_was_written_is_read(whole):
+    net, moment = model(), torch.zeros(5, 3)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for parameter in net.parameters():
+        parameter.data.fill_(torch.nan)
+    state = load(whole, net, {MOMENT: moment})
+    assert state == RunState(
+        **{**vars(STATE), "tokenizer": "byte", "tokenizer_fingerprint": ByteTokenizer().fingerprint}
+    )
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters()) and moment.any()
+    assert state_from_json(state_to_json(STATE).decode()) == STATE  # tuples again
+    # torch's own reader finds the same tensors in it.
+    found = HuggingFaceStorageReader(str(whole)).read_metadata().state_dict_metadata
+    assert {name: tuple(t.size) for name, t in found.items()} == {
+        name: entry.shape for name, entry in read_manifest(whole).tensors.items()
+    }
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a byte of a tensor": (lambda f: flip(f / SHARD, -1), SHARD + " has checksum"),
+    "a byte of a header": (lambda f: flip(f / SHARD, 9), "is damaged"),
+    "the header's length": (lambda f: flip(f / SHARD, 6), "its header would have"),
+    "cut off": (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-1]), "bytes, has [0-9]+ bytes"),
+    "deleted": (lambda f: (f / SHARD).unlink(), "bytes, is missing; restore it"),
+    "a folder": (lambda f: ((f / SHARD).unlink(), (f / SHARD).mkdir()), "is damaged"),
+    "a small file": (lambda f: flip(f / "config.yaml", -2), "config.yaml has checksum"),
+    "the state": (lambda f: flip(f / "state.json", 0), "cannot read state.json"),
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), "has no manifest.json, so it is no whole checkpoint"),
+    "half a manifest": (lambda f: os.truncate(f / MANIFEST, 99), "manifest.json is no JSON"),
+    "another's manifest": (lambda f: (f / MANIFEST).write_text('{"a": 1}'), "is none of megatsp-checkpoint"),
+    "an empty manifest": (lambda f: edit(f, lambda m: m.pop("files")), "not laid out as one: KeyError"),
+    "a strange size": (lambda f: edit(f, lambda m: m["files"][SHARD].update(bytes="9")), "as one: Value"),
+    "a byte of the manifest": (lambda f: replace_in(f / MANIFEST, "5", "4"), "is not what was written, by"),
+    "the manifest's version": (lambda f: replace_in(f / MANIFEST, ": 1,", ": 3,"), "is not what was written"),
+    "no checksum of the manifest": (
+        lambda f: edit(f, lambda m: None, json.dumps), "not laid out as one: ValueError no xxh3_128"
+    ),
+    "a shard left out": (lambda f: edit(f, lambda m: m["files"].pop(SHARD)), "is not made by its 0 parts"),
+    "not there": (lambda f: shutil.rmtree(f), "is not there"),
+}  # fmt: skip
+
+
+def replace_in(path: Path, before: str, after: str) -> None:
+    path.write_text(path.read_text().replace(before, after, 1))
+
+
+def edit(folder: Path, change: Callable[[dict], object], text: Callable[[dict], str] = sealed) -> None:
+    """The manifest as its writer might have changed it."""
+    content = json.loads((folder / MANIFEST).read_text())
+    del content["xxh3_128"]
+    change(content)
+    (folder / MANIFEST).write_text(text(content))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named(copy, damage):
+    harm, message = DAMAGE[damage]
+    harm(copy)
+    with pytest.raises(Damaged, match=message) as caught:
+        load(copy, model(), {MOMENT: torch.zeros(5, 3)})
+    assert str(copy) in str(caught.value)
+
+
+def test_checksums_are_left_out_where_sizes_are_asked_for(copy):
+    flip(copy / SHARD, -1)
+    load(copy, model(), {MOMENT: torch.zeros(5, 3)}, verify="sizes")
+    check_folder(copy)  # a large file is for the loading to read
+    with pytest.raises(Damaged, match="has checksum"):
+        check_files(copy)
+
+
+@pytest.mark.parametrize(
+    ("net", "moments", "message"),
+    [
+        (model(6), [MOMENT], r"3 tensors differ: up.weight: wanted \(6, 3\), found \(5, 3\)"),
+        (model(5, ("up", "down", "on")), [MOMENT], r"1 tensors differ: on.weight: wanted .*, found nothing"),
+        (model(5, ("up",)), [MOMENT], r"1 tensors differ: down.weight: wanted nothing, found \(5, 3\)"),
+        (model(5, ("up",)), [], r"1 tensors differ: down.weight: wanted nothing"),
+        (model(), [MOMENT, "optimizer.rotor"], "1 tensors differ: optimizer.rotor: wanted .*, found nothing"),
+    ],
+)  # fmt: skip
+def test_another_model_is_no_damage(whole, net, moments, message):
+    width = net["up"].weight.shape[0]
+    with pytest.raises(ValueError, match="does not fit this model; " + message) as caught:
+        load(whole, net, {name: torch.zeros(width, 3) for name in moments})
+    assert not isinstance(caught.value, Damaged)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "BF16"}, {"shape": [5, 4]}, {"shape": [4, 3]}, {"shape": [15]}])
+def test_parts_make_the_tensors_of_the_manifest(copy, change):
+    edit(copy, lambda manifest: manifest["tensors"][MOMENT].update(change))
+    with pytest.raises(Damaged, match=f"{MOMENT}, .* is not made by its 1 parts"):
+        load(copy, model(), {})
+    edit(copy, lambda manifest: manifest["tensors"].pop(MOMENT))
+    with pytest.raises(Damaged, match=f"{MOMENT} is not in the manifest"):
+        load(copy, model(), {})
+
+
+def test_another_type_is_named(whole):
+    with pytest.raises(ValueError, match=f"{MOMENT}: wanted BF16, found F32"):
+        load(whole, model(), {MOMENT: torch.zeros(5, 3, dtype=torch.bfloat16)})
+
+
+def test_a_later_version_is_no_damage(copy):
+    edit(copy, lambda manifest: manifest.update(version=2))
+    with pytest.raises(ValueError, match="is of version 2 .* reads version 1: update megatsp") as caught:
+        load(copy, model(), {})
+    assert not isinstance(caught.value, Damaged)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "hf/../../secret", "a//b", "./a", "", ".", MANIFEST, "a\\b", "a\nb"]
+)
+def test_names_that_leave_the_folder_are_refused(copy, name):
+    edit(copy, lambda manifest: manifest["files"].update({name: {"bytes": 0, "xxh3_128": ""}}))
+    with pytest.raises(ValueError, match="is no plain name of a file in that folder") as caught:
+        load(copy, model(), {})
+    assert not isinstance(caught.value, Damaged)
+
+
+def test_links_that_leave_the_folder_are_refused(copy, tmp_path):
+    (tmp_path / "secret").write_bytes(b"{}")
+    (copy / "hf" / "config.json").unlink()
+    (copy / "hf" / "config.json").symlink_to(tmp_path / "secret")
+    for look in (check_folder, stored_files):
+        with pytest.raises(ValueError, match="is a link to .*/secret, outside the checkpoint"):
+            look(copy)
+    # A link to the checkpoint itself is no trouble.
+    (copy / "hf" / "config.json").unlink()
+    (copy / "hf" / "config.json").write_bytes(b"{}")
+    (tmp_path / "linked").symlink_to(copy)
+    assert stored_files(tmp_path / "linked") == {"hf/config.json": b"{}"}
+
+
+def test_files_that_the_manifest_does_not_list_are_not_read(copy):
+    shutil.copy(copy / SHARD, copy / "model.safetensors")
+    (copy / "hf" / "more.json").write_text("{}")
+    load(copy, model(), {MOMENT: torch.zeros(5, 3)})
+    assert list(stored_files(copy)) == ["hf/config.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", '{"iteration": "3"}', '{"iteration": true}', '{"newer": 1}', '{"best_loss": null}', "[" * 100_000],
+)
+def test_a_strange_state_is_refused(copy, text):
+    (copy / "state.json").write_text(text)
+    with pytest.raises(Damaged, match="cannot read state.json"):
+        read_state(copy)
+
+
+def test_a_configuration_builds_and_resolves_nothing(tmp_path, monkeypatch):
+    trace = tmp_path / "trace"
+    for text in (f"name: !!python/object/apply:os.mkdir ['{trace}']", f"name: !!python/name:os.{trace}"):
+        with pytest.raises(ValueError, match="not a configuration in YAML"):
+            from_yaml(text)
+    assert not trace.exists()
+    monkeypatch.setenv("SECRET", "told")
+    text = "${oc.env:SECRET}"
+    assert from_yaml(f"name: '{text}'").name == text
+    assert from_yaml(to_yaml(from_yaml(f"name: '{text}'"))).name == text
