@@ -118,8 +118,13 @@ class Saver:
 
     @property
     def finished(self) -> bool:
-        """Whether this rank has something to collect."""
-        return bool(self._outcomes) or self._error is not None
+        """Whether this rank has something to collect.
+
+        Raises:
+            RuntimeError: another rank has gone.
+        """
+        self._raise()
+        return bool(self._outcomes)
 
     def collect(self) -> Saved | Failed | None:
         """What became of an attempt to write, each once, in order; None: nothing new. It does not wait.
@@ -135,14 +140,15 @@ class Saver:
         None: nothing new since `collect`, which has the older news. No save after it.
         """
         self._closes = True
+        if self._group is None:  # closed before
+            return None
         try:
             self._wait()
             return self._outcomes.pop() if self._outcomes else None
         finally:
             self._staging.close()
-            if self._group is not None:
-                dist.destroy_process_group(self._group)
-                self._group = None
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def _start(self, job: _Job, stall_ms: float, waits: bool) -> None:
         work = (job, stall_ms, waits)
@@ -202,7 +208,7 @@ class Saver:
                 self._checkpoints, job.state, tensors, job.extra, job.tokenizer, self._group
             )
             folder, num_bytes = written.folder, written.bytes
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # all ranks have one, or the next call has it too
             reason = str(error)
         seconds = time.perf_counter() - job.since
         if not reason and dist.get_rank() == 0:
