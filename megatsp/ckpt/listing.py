@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -132,8 +133,11 @@ def shown_bytes(size: int) -> str:
 
 
 def _bytes_in(folder: Path) -> int:
-    files = folder.rglob("*") if folder.is_dir() else [folder]
-    return sum(path.stat().st_size for path in files if path.is_file())
+    size = 0
+    for path in folder.rglob("*") if folder.is_dir() else [folder]:
+        with suppress(FileNotFoundError):  # of a run that saves meanwhile
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def _pointed_to(pointer: Path) -> int | None:

@@ -12,7 +12,9 @@ from runs import files, overrides, start_training, write_corpus
 from megatsp.checkpoint import store
 from megatsp.checkpoint.manifest import FileEntry, checksum, read_manifest, write_manifest
 from megatsp.checkpoint.paths import BEST, LATEST, folder_of
+from megatsp.checkpoint.state import RunState
 from megatsp.ckpt.command import run
+from megatsp.ckpt.tensors import Box, StoredTensors
 from megatsp.compose import compose, to_yaml
 from megatsp.hf.safetensors_file import TensorFile
 from megatsp.schema import Config
@@ -90,6 +92,29 @@ def test_resharding_writes_what_that_mesh_would(saved, tmp_path, capsys, mesh):
         text = output(capsys, "diff", saved / "run", target, status=1)
         assert "settings:" in text and "values" not in text and 'name: "run" -> "resharded"' in text
     assert "whole" in output(capsys, "verify", target, "--finite")
+
+
+def test_an_imported_checkpoint_keeps_its_types(saved, tmp_path, capsys):
+    """Of iteration 0 there are weights alone, in the types of where they came from."""
+    stored = StoredTensors(last(saved / "run"))
+    weights = {
+        name: stored.read(name).to(torch.float16 if "norm" in name else torch.bfloat16)
+        for name in stored.manifest.tensors
+        if not name.startswith("optimizer.")
+    }
+    extra = {"config.yaml": (stored.folder / "config.yaml").read_bytes(), "hf/config.json": b"{}"}
+    store.write(tmp_path / "imported" / "checkpoints", RunState(), weights, extra, None)
+    target = tmp_path / "resharded"
+    output(capsys, "reshard", tmp_path / "imported", "--output", target, "parallel.tsp=2")
+    folder = folder_of(target / "checkpoints", 0)
+    found = StoredTensors(folder)
+    assert len(found.manifest.shards) == 2 and (folder / "hf" / "config.json").read_bytes() == b"{}"
+    assert found.manifest.tensors.keys() == weights.keys()
+    assert all(torch.equal(found.read(name), weight) for name, weight in weights.items())
+    assert found.read("model.norm.weight").dtype == torch.float16
+    assert list(found.pieces("model.norm.weight", Box((16,), (1,)))) == [
+        ("shard-00002-of-00002.safetensors", Box((16,), (1,)))
+    ]
 
 
 def load_and_compare(config: Config, expected: Path) -> None:
@@ -177,6 +202,8 @@ def test_inspect(saved, capsys):
         run(["inspect", str(saved / "run"), "--tensors", "nothing"])
     with pytest.raises(ValueError, match="is one checkpoint already"):
         run(["inspect", str(last(saved / "run")), "--checkpoint", "last"])
+    with pytest.raises(ValueError, match="has no checkpoint 9 .there: iter_0000001, iter_0000002"):
+        run(["inspect", str(saved / "run"), "--checkpoint", "9"])
     with pytest.raises(ValueError, match="no checkpoints in"):
         run(["inspect", str(saved / "corpus")])
 
