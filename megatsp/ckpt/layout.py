@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -88,10 +89,10 @@ def boxes(tensor: DTensor, world_size: int) -> list[Box]:
     mesh = tensor.device_mesh
     assert mesh.mesh.numel() == world_size, (mesh, world_size)
     found: list[Box] = [Box((), ())] * world_size
-    for place, rank in enumerate(mesh.mesh.flatten().tolist()):
-        coordinate = [int(index) for index in torch.unravel_index(torch.tensor(place), mesh.mesh.shape)]
+    coordinates = product(*map(range, mesh.shape))
+    for coordinate, rank in zip(coordinates, mesh.mesh.flatten().tolist(), strict=True):
         sizes, offsets = _compute_local_shape_and_global_offset(
-            tensor.shape, mesh.shape, coordinate, tensor.placements
+            tensor.shape, mesh.shape, list(coordinate), tensor.placements
         )
         found[rank] = Box(tuple(offsets), tuple(sizes))
     return found

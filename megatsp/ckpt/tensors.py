@@ -5,12 +5,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from megatsp.checkpoint.manifest import raise_damage, read_manifest, size_problems
 from megatsp.checkpoint.storage import Part, find_parts
 from megatsp.hf.safetensors_file import DTYPES, TensorFile
+
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class StoredTensors:
         self.folder, self.manifest = folder, read_manifest(folder)
         raise_damage(folder, size_problems(folder, self.manifest))
         self._parts = find_parts(folder, self.manifest)
+        self._ends: dict[str, tuple[Integers, Integers]] = {}
         by_file: dict[str, dict[str, Part]] = {}
         for name, parts in self._parts.items():
             for part in parts:
@@ -66,10 +71,21 @@ class StoredTensors:
 
     def pieces(self, name: str, box: Box) -> Iterator[tuple[str, Box]]:
         """(file, what it holds of the box), of those that hold any of it."""
-        for part in self._parts[name]:
-            shared = Box(part.offsets, part.entry.shape).overlap(box)
-            if shared.elements:
-                yield part.file, shared
+        # All parts at once: of a thousand ranks' checkpoint each tensor has as many.
+        begins, ends = self._bounds(name)
+        starts = np.maximum(begins, np.array(box.offsets, np.int64))
+        stops = np.minimum(ends, np.add(np.array(box.offsets, np.int64), np.array(box.sizes, np.int64)))
+        for index in np.flatnonzero((stops > starts).all(1)).tolist():
+            sizes = tuple((stops[index] - starts[index]).tolist())
+            yield self._parts[name][index].file, Box(tuple(starts[index].tolist()), sizes)
+
+    def _bounds(self, name: str) -> tuple[Integers, Integers]:
+        """Where each part of a tensor begins and ends: int64 [parts, dims]."""
+        if name not in self._ends:
+            offsets = np.array([part.offsets for part in self._parts[name]], np.int64)
+            sizes = np.array([part.entry.shape for part in self._parts[name]], np.int64)
+            self._ends[name] = offsets, offsets + sizes
+        return self._ends[name]
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """A tensor, or a box of it, in its stored type; perhaps a view of the mapped file."""

@@ -9,12 +9,14 @@ import torch
 from distributed import run_distributed
 from runs import files, overrides, start_training, write_corpus
 
+from megatsp import cli
 from megatsp.checkpoint import store
 from megatsp.checkpoint.manifest import FileEntry, checksum, read_manifest, write_manifest
 from megatsp.checkpoint.paths import BEST, LATEST, folder_of
 from megatsp.checkpoint.state import RunState
 from megatsp.ckpt.command import run
 from megatsp.ckpt.tensors import Box, StoredTensors
+from megatsp.cli import main
 from megatsp.compose import compose, to_yaml
 from megatsp.hf.safetensors_file import TensorFile
 from megatsp.schema import Config
@@ -168,6 +170,20 @@ def test_resharding_refuses(saved, copy, tmp_path, capsys):
     with pytest.raises(ValueError, match="was written with"):
         run(["reshard", str(copy), "--output", new, "parallel.tsp=2"])
     assert not Path(new).exists()
+
+
+def test_the_command_line(saved, tmp_path, capsys, monkeypatch):
+    assert main(["ckpt", "ls", str(saved / "run")]) == 0
+    assert main(["ckpt", "verify", str(tmp_path)]) == 2
+    assert "no checkpoints in" in capsys.readouterr().err
+    (tmp_path / "iter_0000001").mkdir()
+    (tmp_path / "iter_0000001" / "state.json").write_text("{}")
+    assert main(["ckpt", "inspect", str(tmp_path / "iter_0000001")]) == 2
+    assert "has no manifest.json" in capsys.readouterr().err  # damage is no crash
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="megatsp ckpt is one process"):
+        cli._dispatch(["ckpt", "ls", str(saved / "run")])
 
 
 def test_ls(saved, copy, capsys):
