@@ -30,7 +30,7 @@ RANK = """
 import os, pathlib, signal, subprocess, sys, time
 
 modes, folder, rank = sys.argv[1].split(","), pathlib.Path(sys.argv[2]), int(os.environ["RANK"])
-attempt = len(list(folder.glob(f"attempt*rank{rank}")))
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 mode = modes[attempt]
 
 def work():

@@ -25,10 +25,11 @@ _REAPED_S = 5.0  # until the kernel has taken a killed process away
 class Agent(LocalElasticAgent):
     """Starts `command` as `nproc` ranks, once; a rank's error file goes under `folder`.
 
+    attempt: 0 for the first one; the ranks' TORCHELASTIC_RESTART_COUNT.
     ended: the ranks that were killed here, after another one had failed.
     """
 
-    def __init__(self, nproc: int, command: list[str], folder: Path, signals: Signals) -> None:
+    def __init__(self, nproc: int, command: list[str], folder: Path, signals: Signals, attempt: int) -> None:
         rendezvous = RendezvousParameters(
             backend="c10d",
             endpoint="localhost:0",  # any free port
@@ -43,11 +44,12 @@ class Agent(LocalElasticAgent):
             entrypoint=command[0],
             args=tuple(command[1:]),
             rdzv_handler=get_rendezvous_handler(rendezvous),
-            max_restarts=0,  # of this agent: the next attempt has its own, and no store of this one's
+            max_restarts=attempt,
             monitor_interval=0.1,
             local_addr="localhost",
         )
         super().__init__(spec, DefaultLogsSpecs(log_dir=str(folder)), start_method="spawn")
+        self._remaining_restarts = 0  # the next attempt has an agent of its own, and no store of this one's
         self.ended: set[int] = set()
         self._folder, self._signals = folder, signals
 

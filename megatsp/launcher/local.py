@@ -47,16 +47,17 @@ def launch_local(nproc: int, command: list[str], restarts: Restarts | None = Non
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    running = _Running()
+    running, attempt = _Running(), 0
     count = Count(restarts) if restarts else None
     with restored(), _environment(_rank_environment(nproc)), _elastic_is_quiet():
         signals = Signals(PASSED_ON if restarts else (signal.SIGINT,), running.kill)
         try:
             while True:
-                status, pause_s = _attempt(nproc, command, signals, running, count)
+                status, pause_s = _attempt(nproc, command, signals, running, count, attempt)
                 if pause_s is None:
                     return status
                 signals.wait(pause_s)
+                attempt += 1
         except Stopped:  # no rank ran, so there is nothing to save
             return _stopped(signals, bool(restarts))
         except SignalException as stopped:
@@ -65,14 +66,14 @@ def launch_local(nproc: int, command: list[str], restarts: Restarts | None = Non
 
 
 def _attempt(
-    nproc: int, command: list[str], signals: Signals, running: _Running, count: Count | None
+    nproc: int, command: list[str], signals: Signals, running: _Running, count: Count | None, attempt: int
 ) -> tuple[int, float | None]:
     """Runs the ranks once: the exit status, and how long to wait before they start again, or None."""
     from megatsp.launcher.agent import Agent
 
     with tempfile.TemporaryDirectory(prefix="megatsp_") as name:
         folder = Path(name)
-        agent = Agent(nproc, command, folder, signals)
+        agent = Agent(nproc, command, folder, signals, attempt)
         running.agents = [agent]
         try:
             result = agent.run()
