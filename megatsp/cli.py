@@ -2,13 +2,20 @@
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, MutableMapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatsp import __version__, launcher
 from megatsp.nearest import did_you_mean
 from megatsp.parser import Parser
+from megatsp.schema import Config
+
+if TYPE_CHECKING:
+    from megatsp.training.stopping import Stopper
 
 USAGE = """\
 usage: megatsp COMMAND [arguments]
@@ -77,26 +84,46 @@ def _train(name: str, arguments: list[str]) -> int:
         print(training_help(name), end="")
         return 0
 
+    from megatsp.training.stopping import Stopper
+
+    with Stopper() if "RANK" in os.environ else nullcontext() as stopper:  # before modules are loaded
+        return _train_as(name, arguments, given, stopper)
+
+
+def _train_as(name: str, arguments: list[str], given: Namespace, stopper: "Stopper | None") -> int:
+    """stopper: of a rank, which a launcher has started."""
     from megatsp.compose import compose, to_yaml
     from megatsp.validate import validate
 
     config = compose(given.overrides, given.config_dir, name)
-    joined = "RANK" in os.environ
-    world_size = int(os.environ["WORLD_SIZE"]) if joined else config.launch.nproc
+    world_size = config.launch.nproc if stopper is None else int(os.environ["WORLD_SIZE"])
     config = validate(config, world_size)
     if given.dry_run:
-        if not joined or os.environ["RANK"] == "0":
+        if stopper is None or os.environ["RANK"] == "0":
             from megatsp.training.report import describe
 
             print(to_yaml(config))
             print(describe(config, world_size))
-    elif joined:
-        from megatsp.training.run import train
+        return 0
+    if stopper is None:
+        restarts = launcher.Restarts(
+            config.launch.max_restarts, config.launch.restart_backoff_s, partial(_newest, config)
+        )
+        return _launch(config.launch.nproc, [name, *arguments], restarts)
+    from megatsp.training.run import train
 
-        train(config)
-    else:
-        return _launch(config.launch.nproc, [name, *arguments])
-    return 0
+    return train(config, stopper)
+
+
+def _newest(config: Config) -> int:
+    """The iteration of a run's newest checkpoint; -1 if there is none, or none can be read."""
+    from megatsp.checkpoint.paths import LATEST
+
+    pointer = Path(config.output_dir) / config.name / "checkpoints" / LATEST
+    try:
+        return int(pointer.read_text())
+    except (OSError, ValueError):
+        return -1
 
 
 def _generate(arguments: list[str]) -> int:
@@ -182,8 +209,8 @@ def _doctor(arguments: list[str]) -> int:
     return run(arguments)
 
 
-def _launch(nproc: int, arguments: list[str]) -> int:
-    return launcher.launch_local(nproc, [sys.executable, "-m", "megatsp", *arguments])
+def _launch(nproc: int, arguments: list[str], restarts: launcher.Restarts | None = None) -> int:
+    return launcher.launch_local(nproc, [sys.executable, "-m", "megatsp", *arguments], restarts)
 
 
 def _join(environment: MutableMapping[str, str]) -> bool:

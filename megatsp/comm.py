@@ -6,8 +6,10 @@ rank, what a reduction sends OUT of it. With D ranks both are (D-1)/D of the who
 """
 
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +21,37 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+@dataclass(frozen=True)
+class Posted:
+    """The transfer that this rank posted last on an axis, the `number`-th there.
+
+    bytes: of this rank's own buffer. since: `time.monotonic()` when it was posted.
+    """
+
+    operation: str
+    label: str
+    bytes: int
+    number: int
+    since: float
+    works: tuple[weakref.ref[Any], ...]  # weak, so that no buffer outlives its transfer for this
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether it is over, or was waited for and forgotten."""
+        works = [reference() for reference in self.works]
+        return all(work is None or work.is_completed() for work in works)
+
+
 class Traffic:
     """What this rank moved, and how long it stood waiting.
 
-    elements, bytes: by label, as in `Comm`'s methods.
+    elements, bytes: by label, as in `Comm`'s methods. last: by the axis, for who looks into a hang.
     """
 
     def __init__(self) -> None:
         self.elements: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.last: dict[str, Posted] = {}
         self._waited_s = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -104,6 +128,16 @@ class Comm:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.traffic = traffic or Traffic()
+        self._axis = "" if group is None else group.group_desc
+        self._posted = 0
+
+    def _post(self, operation: str, label: str, buffer: Tensor, *works: Any) -> None:
+        """Notes what was just posted."""
+        self._posted += 1
+        num_bytes, references = buffer.numel() * buffer.element_size(), tuple(map(weakref.ref, works))
+        self.traffic.last[self._axis] = Posted(
+            operation, label, num_bytes, self._posted, time.monotonic(), references
+        )
 
     def _others(self, elements: int) -> int:
         return elements * (self.size - 1) // self.size
@@ -120,6 +154,7 @@ class Comm:
         whole = shard.new_empty(self.size * shard.shape[0], *shard.shape[1:])
         self.count(label, whole.numel(), whole.element_size())
         work = _all_gather(whole, shard, group=self.group, async_op=True)
+        self._post("all_gather", label, shard, work)
         return Pending(whole, [work], self.traffic, [shard])
 
     def reduce_scatter(self, whole: Tensor, label: str) -> Pending:
@@ -130,6 +165,7 @@ class Comm:
         shard = whole.new_empty(whole.shape[0] // self.size, *whole.shape[1:])
         self.count(label, whole.numel(), whole.element_size())
         work = _reduce_scatter(shard, whole, group=self.group, async_op=True)
+        self._post("reduce_scatter", label, whole, work)
         return Pending(shard, [work], self.traffic, [whole])
 
     def all_reduce(self, tensor: Tensor, label: str) -> Pending:
@@ -137,7 +173,9 @@ class Comm:
         if self.size == 1:
             return Pending(tensor)
         self.traffic.count(label, 2 * self._others(tensor.numel()), tensor.element_size())
-        return Pending(tensor, [dist.all_reduce(tensor, group=self.group, async_op=True)], self.traffic)
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        self._post("all_reduce", label, tensor, work)
+        return Pending(tensor, [work], self.traffic)
 
     def all_to_all(self, parts: Tensor, label: str) -> Pending:
         """Part r of [D, ...] goes to rank r; what arrives is [D, ...] in sender order."""
@@ -147,19 +185,24 @@ class Comm:
         arrived = torch.empty_like(parts)
         self.count(label, parts.numel(), parts.element_size())
         work = dist.all_to_all_single(arrived, parts, group=self.group, async_op=True)
+        self._post("all_to_all", label, parts, work)
         return Pending(arrived, [work], self.traffic, [parts])
 
     def broadcast(self, buffer: Tensor, owner: int, label: str) -> Any:
         """Fills every rank's contiguous `buffer` with the owner's. Returns the work, for a Pending."""
         if self.rank != owner:
             self.traffic.count(label, buffer.numel(), buffer.element_size())
-        return dist.broadcast(buffer, group_src=owner, group=self.group, async_op=True)
+        work = dist.broadcast(buffer, group_src=owner, group=self.group, async_op=True)
+        self._post("broadcast", label, buffer, work)
+        return work
 
     def reduce(self, buffer: Tensor, owner: int, label: str) -> Any:
         """Sums every rank's contiguous `buffer` into the owner's. Returns the work, for a Pending."""
         if self.rank != owner:
             self.traffic.count(label, buffer.numel(), buffer.element_size())
-        return dist.reduce(buffer, group_dst=owner, group=self.group, async_op=True)
+        work = dist.reduce(buffer, group_dst=owner, group=self.group, async_op=True)
+        self._post("reduce", label, buffer, work)
+        return work
 
     def shift(self, outgoing: Tensor, incoming: Tensor, label: str) -> Pending:
         """One ring hop: `outgoing` to the next rank, `incoming` filled by the previous one.
@@ -174,6 +217,7 @@ class Comm:
         if incoming.numel():
             transfers.append(dist.P2POp(dist.irecv, incoming, group=self.group, group_peer=before))
         works = dist.batch_isend_irecv(transfers) if transfers else []
+        self._post("shift", label, outgoing, *works)
         return Pending(incoming, works, self.traffic, [outgoing])
 
 

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatsp.data.tokenizer import ByteTokenizer
 from megatsp.schema import Config
 from megatsp.training.logs import read_metrics
 from megatsp.training.run import Training
+from megatsp.training.stopping import Stopper
 from megatsp.validate import validate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +71,20 @@ def start_training(config: Config) -> Training:
 
 def _train(configs: Sequence[Config]) -> None:
     for config in configs:
-        start_training(config).run([])
+        start_training(config).run()
+
+
+class StopIf(Stopper):
+    """Is asked to end by SIGTERM on this rank, as soon as `condition` holds."""
+
+    def __init__(self, condition: Callable[[], bool]) -> None:
+        super().__init__()
+        self._condition = condition
+
+    def asked(self) -> bool:
+        if not self.heard and self._condition():
+            self.heard.append("SIGTERM")
+        return super().asked()
 
 
 def full_state(training: Training) -> dict[str, torch.Tensor]:

@@ -99,10 +99,7 @@ class Saver:
         one is whole; 0: none; None: as it was. keep: further iterations that are not removed.
         """
         since = time.perf_counter()
-        self._gives_up = True  # a write that has failed, or does now
-        self._wait()
-        self._asked.clear()
-        self._gives_up = False
+        self.settle()
         job = _Job(state, {}, extra, tokenizer, best, frozenset(keep), since)
         on_host = not any(tensor.is_cuda for tensor in tensors.values())
         if self._config.async_save:
@@ -115,6 +112,13 @@ class Saver:
             if on_host:  # training has not gone on: a copy made now is the same
                 job = replace(job, tensors=self._staging.copy(tensors))
             self._start(job, 1e3 * (time.perf_counter() - since), waits=True)
+
+    def settle(self) -> None:
+        """Waits until nothing is in flight; one that fails is given up; on all ranks."""
+        self._gives_up = True
+        self._wait()
+        self._asked.clear()
+        self._gives_up = False
 
     @property
     def finished(self) -> bool:

@@ -15,7 +15,8 @@ class RunState:
     evaluations_without_gain: since then.
     evaluated_at: the iteration whose due evaluation was the last to be finished.
     skipped_steps: without an update: their numbers were not finite or their loss leapt.
-    bad_steps_in_a_row: the last of them, if not finite.
+    loss_spikes: losses that leapt, whatever was done then.
+    bad_steps_in_a_row: the last steps, if not finite. bad_samples_from: where the first of them began.
     skipped_samples: [start, stop) of the global order, which are never read (again).
     rollbacks: to an earlier checkpoint, for such numbers. recent_losses: that a new one is held against.
     """
@@ -33,7 +34,9 @@ class RunState:
     evaluations_without_gain: int = 0
     evaluated_at: int = 0
     skipped_steps: int = 0
+    loss_spikes: int = 0
     bad_steps_in_a_row: int = 0
+    bad_samples_from: int = 0
     rollbacks: int = 0
     skipped_samples: tuple[tuple[int, int], ...] = ()
     recent_losses: tuple[float, ...] = ()

@@ -50,20 +50,52 @@ class Share:
         return [list(samples[begin : begin + size]) for begin in begins]
 
 
+Ranges = Sequence[tuple[int, int]]  # [start, stop) of places of the order, ascending and apart
+
+
+def next_runs(cursor: int, count: int, left_out: Ranges = ()) -> list[tuple[int, int]]:
+    """The `count` places of the order from `cursor` on that are not left out, as runs [start, stop)."""
+    runs = []
+    for start, stop in left_out:
+        if cursor < start:
+            end = min(start, cursor + count)
+            runs.append((cursor, end))
+            count -= end - cursor
+        if not count:
+            return runs
+        cursor = max(cursor, stop)
+    return [*runs, (cursor, cursor + count)]
+
+
+def next_draws(blend: Blend, cursor: int, count: int, left_out: Ranges = ()) -> tuple[list[Draw], int]:
+    """What is at these places, and the place after the last of them: the next cursor."""
+    runs = next_runs(cursor, count, left_out)
+    return [draw for start, stop in runs for draw in blend.draw(start, stop - start)], runs[-1][1]
+
+
 class Loader:
-    """The rank's micro-batches from `consumed` samples on, without end.
+    """The rank's micro-batches from place `cursor` of the order on, without end.
 
     Its processes end by `close`, and also when this process dies.
 
     Args:
-        consumed: samples that were consumed by all ranks before.
+        cursor: place of the order that comes next: all ranks consumed those before.
         pin: into memory that a GPU reads from directly.
+        left_out: places that are jumped over.
 
     Raises:
         ValueError: from `next`: data that cannot be read.
     """
 
-    def __init__(self, blend: Blend, consumed: int, share: Share, config: DataConfig, pin: bool) -> None:
+    def __init__(
+        self,
+        blend: Blend,
+        cursor: int,
+        share: Share,
+        config: DataConfig,
+        pin: bool,
+        left_out: Ranges = (),
+    ) -> None:
         workers = config.num_workers
         ahead: dict[str, Any] = dict(
             num_workers=workers, prefetch_factor=config.prefetch_factor, multiprocessing_context="forkserver",
@@ -72,7 +104,7 @@ class Loader:
         loader = DataLoader(
             _Reader(blend, share.spans),
             batch_size=None,  # a draw of the sampler is a whole micro-batch
-            sampler=_Order(blend, consumed, share),
+            sampler=_Order(blend, cursor, share, left_out),
             generator=torch.Generator(),  # it draws a seed, which nothing here uses
             pin_memory=pin,
             **(ahead if workers else {}),
@@ -95,15 +127,14 @@ class Loader:
 class _Order:
     """Every micro-batch of this rank, one after the other."""
 
-    def __init__(self, blend: Blend, consumed: int, share: Share) -> None:
-        self._blend, self._consumed, self._share = blend, consumed, share
+    def __init__(self, blend: Blend, cursor: int, share: Share, left_out: Ranges) -> None:
+        self._blend, self._cursor, self._share, self._left_out = blend, cursor, share, left_out
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        size = self._share.global_batch_size
-        consumed = self._consumed
+        size, cursor = self._share.global_batch_size, self._cursor
         while True:
-            yield from self._share.micro_batches(self._blend.draw(consumed, size))
-            consumed += size
+            draws, cursor = next_draws(self._blend, cursor, size, self._left_out)
+            yield from self._share.micro_batches(draws)
 
 
 class _Reader(Dataset[HostBatch | str]):

@@ -94,7 +94,7 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
     with fake or nullcontext():
         gpt.to_empty(device=axes.device)
     if fake is None:
-        _initialise(gpt, config, axes)
+        initialise(gpt, config, axes)
     attach_streams(gpt, config, axes, fake is not None)
     return gpt
 
@@ -180,7 +180,7 @@ def reshard(gpt: GPT) -> None:
 
 
 @torch.no_grad()
-def _initialise(gpt: GPT, config: Config, axes: Axes) -> None:
+def initialise(gpt: GPT, config: Config, axes: Axes) -> None:
     """Matrices normal (o and down projections over sqrt(2 layers)), gains one, biases zero.
 
     Adapters as PEFT's: A of variance 1 / (3 in), that of its uniform distribution; B zero. What

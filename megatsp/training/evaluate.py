@@ -1,6 +1,7 @@
 """The loss on samples that are not trained on."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -21,13 +22,15 @@ def evaluate(
     num_samples: int,
     share: Share,
     tokenizer: Tokenizer,
-) -> dict[str, float]:
+    is_cut_off: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Loss (nats per token) and, where the tokenizer's ids have exact bytes, bits per byte; {} if no token
     is trained.
 
     Over num_samples samples spread evenly over the split, or all of it; on all ranks.
 
-    Returns them by their metrics' names. split: val or test.
+    is_cut_off: asked after every global batch, of all ranks.
+    Returns them by their metrics' names; None if it was cut off. split: val or test.
     """
     size = share.global_batch_size
     draws = blend.spread(num_samples)
@@ -45,6 +48,10 @@ def evaluate(
             total[1] += mask.sum(dtype=torch.float64)
             if widths is not None:
                 total[2] += (widths[labels] * mask).sum(dtype=torch.float64)
+        if is_cut_off():
+            reshard(gpt)
+            gpt.engine.check()
+            return None
     reshard(gpt)
     nats, tokens, num_bytes = sum_over_ranks(total).tolist()
     gpt.engine.check()

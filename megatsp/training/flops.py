@@ -1,10 +1,16 @@
 """Model FLOPs: what the mathematics needs, never what is computed twice."""
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatsp.axes import Axes
+from megatsp.data.loader import Share
 from megatsp.model.gpt import adapter_shapes, count_parameters
 from megatsp.schema import FinetuneConfig, ModelConfig
+from megatsp.training.step import Batch
 
 # Dense bf16 peak in TFLOP/s, by what torch calls the GPU (vendors' data sheets).
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "MI300X": 1307.0, "MI325X": 1307.0, "A100": 312.0}
@@ -38,6 +44,13 @@ def attended_pairs(first: Tensor) -> int:
     """
     positions = torch.arange(first.shape[-1], device=first.device)
     return int((positions - first + 1).sum())
+
+
+def own_pairs(batches: Sequence[Batch], share: Share, axes: Axes, length: int) -> float:
+    """This rank's share of the pairs of tokens that attend to each other, in samples of `length` tokens."""
+    sharers = dist.get_world_size() // axes.dp_size
+    plain = share.micro_batch_size * length * length / 2  # as `flops_per_token` counts
+    return sum(plain if first is None else attended_pairs(first) for *_, first in batches) / sharers
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -28,18 +28,29 @@ class Reporter:
 
     Entries after `iteration`, of a run that went further than its last checkpoint, are taken
     out of metrics.jsonl: the run will write them again.
+
+    evaluates: the run begins with an evaluation of `iteration`, whose entries are taken out too.
     """
 
-    def __init__(self, config: Config, folder: Path, iteration: int, wandb_run_id: str, active: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        iteration: int,
+        wandb_run_id: str,
+        active: bool,
+        evaluates: bool = False,
+    ) -> None:
         self._active, self._total = active, config.trainer.train_iters
         self.wandb_run_id = wandb_run_id
         self._run: Any = None
         if not active:
             return
         self._start_wandb(config, folder)
-        path = folder / "metrics.jsonl"
-        _drop_after(path, iteration or -1)  # a new run has logged nothing, not even of its first weights
-        self._file = path.open("a", buffering=1)
+        self._path = folder / "metrics.jsonl"
+        # A new run has logged nothing, not even of its first weights.
+        _drop_after(self._path, iteration or -1, evaluates)
+        self._file = self._path.open("a", buffering=1)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=self._total, initial=iteration, unit="it", disable=not on_terminal)
 
@@ -68,6 +79,16 @@ class Reporter:
                 f"Weights & Biases did not start ({mode}): {error}. Check WANDB_API_KEY, or use "
                 "logging.wandb=offline or disabled"
             ) from error
+
+    def go_back(self, iteration: int) -> None:
+        """Takes out the entries after `iteration`: the run goes on from there."""
+        if not self._active:
+            return
+        self._file.close()
+        _drop_after(self._path, iteration)
+        self._file = self._path.open("a", buffering=1)
+        self._bar.n = iteration
+        self._bar.refresh()
 
     def log(self, iteration: int, metrics: Metrics) -> None:
         """One line of metrics.jsonl, and the same to W&B."""
@@ -124,9 +145,11 @@ def iteration_line(iteration: int, total: int, global_batch_size: int, metrics: 
         f"throughput per GPU (TFLOP/s/GPU): {metrics['tflops/gpu']:.3f}",
         f"learning rate: {metrics['learning-rate']:.6E}",
         f"global batch size: {global_batch_size:5d}",
-        f"lm loss: {metrics['lm loss']:.6E}",
-        f"grad norm: {metrics['grad-norm']:.3f}",
     ]
+    if metrics["lm loss"] is None:  # no step of the interval made an update
+        fields.append(f"skipped steps: {metrics['skipped-steps']}")
+    else:
+        fields += [f"lm loss: {metrics['lm loss']:.6E}", f"grad norm: {metrics['grad-norm']:.3f}"]
     return " | ".join(fields) + " |"
 
 
@@ -161,8 +184,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _drop_after(path: Path, iteration: int) -> None:
+def _drop_after(path: Path, iteration: int, evaluations: bool = False) -> None:
+    """Takes out entries after `iteration`. evaluations: those of its own too."""
     if not path.exists():
         return
-    kept = [entry for entry in read_metrics(path) if entry["iteration"] <= iteration]
+    kept = [
+        entry
+        for entry in read_metrics(path)
+        if entry["iteration"] < iteration + (not (evaluations and _is_evaluation(entry)))
+    ]
     replace_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def _is_evaluation(entry: Metrics) -> bool:
+    return any(name.startswith(("val/", "test/")) for name in entry)

@@ -1,19 +1,19 @@
-"""What a run says beside its metrics: at its start, and of a loss that is not finite."""
+"""What a run says beside its metrics: at its start, and of a loss that cannot be right."""
 
 from collections.abc import Iterator
 
 import torch.distributed as dist
-from torch import Tensor
 
 from megatsp.axes import Axes
 from megatsp.checkpoint.state import RunState
 from megatsp.data.blend import Blend, Draw
-from megatsp.data.loader import Share
+from megatsp.data.loader import Share, next_draws
 from megatsp.data.splits import Splits
 from megatsp.kernels import resolve
 from megatsp.model.gpt import GPT
 from megatsp.schema import Config
 from megatsp.training.folder import run_folder
+from megatsp.training.gradients import Computed
 
 
 def greeting(config: Config, axes: Axes, gpt: GPT, start: int) -> str:
@@ -54,25 +54,31 @@ def source_lines(config: Config, data: Splits) -> Iterator[str]:
         yield "data: no validation split (data.valid_fraction=0): there is no validation loss"
 
 
-def blame(
-    train: Blend, share: Share, state: RunState, saved_at: int, loss: float, norm: float, losses: Tensor
-) -> str:
-    """What to say of a loss that is not finite: the iteration and the batch's documents.
+def blame(train: Blend, share: Share, state: RunState, computed: Computed, done: str) -> str:
+    """What to say of a step's loss that cannot be right: the iteration and the batch's documents.
 
-    state: before the step. losses: of this rank's samples, fp32 [micro-batches, B]. On all ranks.
+    state: before the step. done: what became of the step. On all ranks.
     """
-    draws = train.draw(state.consumed_samples, share.global_batch_size)
+    size = share.global_batch_size
+    draws, _ = next_draws(train, state.consumed_samples, size, state.skipped_samples)
     finite: dict[Draw, bool] = {}
-    for chosen, sample_losses in zip(share.micro_batches(draws), losses, strict=True):
+    for chosen, sample_losses in zip(share.micro_batches(draws), computed.losses, strict=True):
         finite |= {draw: bool(own.isfinite()) for draw, own in zip(chosen, sample_losses, strict=True)}
     everywhere: list[dict[Draw, bool]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everywhere, finite)
     bad = [draw for draw in draws if not all(known.get(draw, True) for known in everywhere)]
     names = list(dict.fromkeys(name for draw in bad or draws for name in train.names(draw)))
     return (
-        f"iteration {state.iteration + 1}: loss {loss}, gradient norm {norm}; nothing was updated.\n"
+        f"iteration {state.iteration + 1}: loss {computed.loss}, gradient norm {computed.grad_norm}; "
+        f"{done}.\n"
         f"Documents of {'the samples whose loss is not finite' if bad else 'the batch'}: "
-        f"{', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}.\n"
-        f"Look at them, lower optimizer.lr or set optimizer.clip_grad; the last checkpoint is of "
+        f"{', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
+    )
+
+
+def advice(saved_at: int) -> str:
+    """What to do about it, once the run ends."""
+    return (
+        "Look at them, lower optimizer.lr or set optimizer.clip_grad; the last checkpoint is of "
         f"iteration {saved_at}" + ("" if saved_at else ", that is none")
     )

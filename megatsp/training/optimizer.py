@@ -60,17 +60,17 @@ class AdamW:
             self._optimizer = apex_adam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True)
         else:
             self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        self._reset(0)
+        self.reset()
 
-    def _reset(self, step: int) -> None:
-        """Gives every parameter zero moments, and all the counter `step`."""
+    def reset(self) -> None:
+        """Gives every parameter zero moments, and all the counter 0."""
         for handle in self._handles.values():
             self._optimizer.state[handle] = {m: torch.zeros_like(handle) for m in MOMENTS}
             if not self._fused_apex:
-                self._optimizer.state[handle]["step"] = torch.tensor(float(step), device=handle.device)
+                self._optimizer.state[handle]["step"] = torch.tensor(0.0, device=handle.device)
         if self._fused_apex:
             for group in self._optimizer.param_groups:
-                group["step"] = step
+                group["step"] = 0
 
     def step(self, lr: float) -> None:
         """One update at learning rate `lr` from the parameters' gradients, which it then drops."""
@@ -129,20 +129,30 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 
     limit 0 only measures. A non-finite norm is returned and leaves the gradients as they are.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = gradient_norm(model)
+    scale_gradients(model, limit, norm)
+    return norm
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Global gradient norm over all ranks, fp32 scalar, the same to the bit everywhere."""
     by_copies: defaultdict[int, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        assert parameter.grad is not None
-        by_copies[_copies(parameter.grad)].append(_shard(parameter.grad))
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            by_copies[_copies(parameter.grad)].append(_shard(parameter.grad))
     squares = [get_total_norm(shards).square() / copies for copies, shards in by_copies.items()]
     square = torch.stack(squares).sum()
     # Every rank's part to every rank, in one sum: the norm is the same to the bit everywhere.
     dist.all_reduce(square)
-    norm = square.sqrt()
+    return square.sqrt()
+
+
+def scale_gradients(model: nn.Module, limit: float, norm: Tensor) -> None:
+    """Scales gradients of global norm `norm` so that it is at most `limit`; 0 or a non-finite norm: not."""
     if limit > 0:
+        parameters = [p for p in model.parameters() if p.grad is not None]
         # A norm of 0 scales nothing. No branch on the norm: a GPU would be waited for here.
         clip_grads_with_norm_(parameters, limit, norm.where(norm.isfinite(), 0.0))
-    return norm
 
 
 def _copies(tensor: Tensor) -> int:

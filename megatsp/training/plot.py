@@ -11,7 +11,7 @@ def plot_loss(entries: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for key, label, style in (("lm loss", "training", "-"), ("val/lm loss", "validation", "o-")):
-        points = [(e["consumed-tokens"], e[key]) for e in entries if key in e]
+        points = [(e["consumed-tokens"], e[key]) for e in entries if e.get(key) is not None]
         if points:
             axes.plot(
                 *zip(*points, strict=True), style, label=f"{label} (last {points[-1][1]:.3f})", markersize=4

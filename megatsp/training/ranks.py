@@ -4,13 +4,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatsp.comm import Traffic
 from megatsp.data.loader import HostBatch
 from megatsp.training.step import Batch
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Every rank's part, summed in place on all."""
-    dist.all_reduce(tensor)
+def sum_over_ranks(tensor: Tensor, waits: Traffic | None = None) -> Tensor:
+    """Every rank's part, summed in place on all. waits: adds up how long this rank waits for others."""
+    work = dist.all_reduce(tensor, async_op=True)
+    (waits or Traffic()).wait([work], tensor.is_cuda)
     return tensor
 
 

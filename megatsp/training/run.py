@@ -1,77 +1,107 @@
 """The training run, read top to bottom: set up, step, evaluate, log, save, sum up."""
 
-import math
-import signal
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from megatsp import exit_status
 from megatsp.axes import Axes, choose_device, join
 from megatsp.checkpoint import paths, store
 from megatsp.checkpoint.state import RunState
+from megatsp.comm import Traffic
 from megatsp.compose import to_yaml
 from megatsp.data.blend import Blend
-from megatsp.data.loader import Loader, Share
+from megatsp.data.loader import Loader, Share, next_draws
 from megatsp.data.splits import load_splits
 from megatsp.data.tokenizer import load_tokenizer
 from megatsp.hf.kept import stored_files
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import build_model
 from megatsp.schema import Config
+from megatsp.training.bad_steps import Back, Verdict, after_step, judge_step, rolled_back, way_back
 from megatsp.training.base import Base
-from megatsp.training.best import check_best, is_exhausted, judge, point_to_best
+from megatsp.training.best import check_best, judge, point_to_best
 from megatsp.training.evaluate import evaluate
-from megatsp.training.flops import attended_pairs
+from megatsp.training.flops import own_pairs
 from megatsp.training.folder import check_data, find_checkpoints, lock, run_folder
 from megatsp.training.give_back import give_back
+from megatsp.training.gradients import Computed, compute_gradients, drop_gradients
 from megatsp.training.interval import Interval, StepResult
-from megatsp.training.logs import Reporter, evaluation_line, iteration_line, read_metrics
-from megatsp.training.messages import blame, greeting, source_lines, transfers
-from megatsp.training.optimizer import AdamW, clip_gradients
-from megatsp.training.plot import plot_loss
-from megatsp.training.ranks import from_first, on_device, sum_over_ranks
+from megatsp.training.last_words import last_words, say_lost, sum_up
+from megatsp.training.logs import Reporter, evaluation_line, iteration_line
+from megatsp.training.messages import advice, blame, greeting, source_lines, transfers
+from megatsp.training.optimizer import AdamW, scale_gradients
+from megatsp.training.out_of_memory import explain, is_out_of_memory, record_history
+from megatsp.training.profile import Profiler
+from megatsp.training.progress import has_ended, is_due, is_over, owes_evaluation, why_ended
+from megatsp.training.ranks import from_first, on_device
+from megatsp.training.rerun import rerun
 from megatsp.training.resume import Resumed, find_candidates, load_newest
+from megatsp.training.rollback import first_state, load_before
+from megatsp.training.saving import Saves
 from megatsp.training.schedule import learning_rate
-from megatsp.training.step import Batch, accumulate_gradients
+from megatsp.training.slow_ranks import SlowRanks
+from megatsp.training.stopping import CutOff, Stop, Stopper
+from megatsp.training.watchdog import Watchdog
 from megatsp.validate import validate
 
 
-def train(config: Config) -> None:
+def train(config: Config, stopper: Stopper) -> int:
     """Trains on this rank, of the ranks that a launcher started; all call it with the same config.
 
-    A run that has a checkpoint goes on from it. SIGINT ends it after the current step, saved. What was
+    A run that has a checkpoint goes on from it. What `stopper` hears ends it in good order, saved. What was
     tuned is exported at the end, by rank 0 alone.
 
+    Returns the exit status: see `megatsp.exit_status`.
+
     Raises:
-        ValueError: the configuration, the data or the run's folder cannot be used, or the loss is
-            not finite.
+        ValueError: the configuration, the data or the run's folder cannot be used, or too many steps in a
+            row have numbers that are not finite.
     """
     device = choose_device(config.launch.device)
+    stopper.limit_to(config.trainer.exit_duration_in_mins)
     join(device, config.launch.timeout_s)
+    training: Training | None = None
     try:
         config = validate(config, dist.get_world_size())
-        with _interrupts() as interrupted:
-            training = Training(config, device)
-            was_over = training.ended
-            gives_back = training.run(interrupted) and training.is_first and config.finetune.hf
-            del training  # and its memory
+        record_history(config, device)
+        with Watchdog(run_folder(config), config.trainer.hang_timeout_s) as watchdog:
+            training = Training(config, device, watchdog)
+            was_over = training.is_over
+            status = training.run(stopper)
+            gives_back = training.is_over and status == 0 and training.is_first and config.finetune.hf
+        training = None  # and its memory
+    except Exception as error:
+        if is_out_of_memory(error):
+            gpt, optimizer = (training.gpt, training.optimizer) if training is not None else (None, None)
+            where = run_folder(config), dist.get_rank()
+            print(explain(error, config, dist.get_world_size(), gpt, optimizer, *where), file=sys.stderr)
+        raise
     finally:
         dist.destroy_process_group()
-    if gives_back:  # now: no rank waits in a collective, however long it takes
-        give_back(config, again=not was_over)
+    if not gives_back:
+        return status
+    try:  # now: no rank waits in a collective, however long it takes
+        with stopper.cutting_off():
+            give_back(config, again=not was_over)
+    except CutOff:
+        stop = Stop((tuple(stopper.heard),))
+        print(f" the export was cut off; the same command begins it again\n{stop.line(stop.status)}")
+        return stop.status
+    return 0
 
 
 class Training:
     """One run on this rank. Everything that can be refused is refused before a file is written."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, watchdog: Watchdog | None = None) -> None:
         self.config = config
+        self.beat = watchdog.beat if watchdog is not None else lambda what: None
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.data = load_splits(config, self.tokenizer)
         self.folder = run_folder(config)
@@ -82,6 +112,9 @@ class Training:
         self.base = Base(config, self.resumed_from, self.tokenizer) if config.finetune.hf else None
         dist.barrier()  # every rank has looked before one writes
         self.axes = Axes.build(config.parallel, device)
+        if watchdog is not None:
+            watchdog.traffic = self.axes.traffic
+        self.waits = Traffic()  # of the loop itself, beside those of the axes
         trainer = config.trainer
         self.share = Share(
             trainer.global_batch_size, trainer.micro_batch_size, self.axes.dp_rank, self.axes.dp_size,
@@ -89,8 +122,8 @@ class Training:
         )  # fmt: skip
         self.gpt: GPT = build_model(config, self.axes)
         self.optimizer = AdamW(self.gpt, config.optimizer)
+        self.beat("the model was built")
         self.state = RunState(data_key=self.data.key)
-        self.saved_at = 0
         self.resumed: Resumed | None = None  # and what loading it took
         if self.base is not None:
             self.base.fill(self.gpt, self.axes, is_new=self.resumed_from is None)
@@ -100,89 +133,262 @@ class Training:
             self.resumed = load_newest(config, self.candidates, self.gpt, tensors, self._check)
             self.resumed_from = self.resumed.folder
             self.state = replace(self.resumed.state, data_key=self.data.key)  # the same, or not known then
-            self.optimizer.loaded(self.state.iteration)
-            self.saved_at = self.state.iteration
+            self.optimizer.loaded(self.state.iteration - self.state.skipped_steps)
             check_best(config, self.folder / "checkpoints", self.state)
+        self.beat("the weights were loaded")
         self.is_first = dist.get_rank() == 0
+        self._owes_save = False  # one was due amid bad steps
 
     def _check(self, found: Path) -> None:
         """Refuses a checkpoint of another tokenizer or of other data."""
         store.check_tokenizer(found, self.tokenizer)
         check_data(self.config, found, self.data.key)
 
-    def run(self, interrupted: list[int]) -> bool:
-        """Trains to the end, or to the step in which a rank was interrupted; returns whether it is whole."""
-        if self.ended:
+    def run(self, stopper: Stopper | None = None) -> int:
+        """Trains to the end, or to where all ranks agree to stop; returns the exit status."""
+        if self.is_over:
             if self.is_first:
-                print(f"{self.folder} {self._why_ended()}")
-            return True
+                print(f"{self.folder} {why_ended(self.config, self.state)}")
+            return 0
         with lock(self.folder) if self.is_first else nullcontext():
             self._open_folder()
-            self._loop(self.state.iteration, interrupted)
+            status = self._train(stopper or Stopper())
         self.gpt.engine.close()
-        if self.is_first:
-            self._sum_up()
-        return not interrupted and self.ended
+        dist.barrier()  # a launcher ends all ranks once one has ended with another status than 0
+        return status
 
     @property
-    def ended(self) -> bool:
-        """Whether there is nothing left to train."""
-        last = self.config.trainer.train_iters
-        return self.state.iteration >= last or is_exhausted(self.config, self.state)
+    def is_over(self) -> bool:
+        """Whether there is nothing left to do."""
+        return is_over(self.config, self.state)
 
-    def _why_ended(self) -> str:
-        state = self.state
-        if state.iteration >= self.config.trainer.train_iters:
-            return f"is at iteration {state.iteration} already; to go on, raise trainer.train_iters"
-        return (
-            f"stopped after iteration {state.iteration}: {state.evaluations_without_gain} evaluations had no "
-            f"lower loss than {state.best_loss:.4f}, of iteration {state.best_iteration}; to go on, raise "
-            "finetune.early_stopping"
-        )
+    def _train(self, stopper: Stopper) -> int:
+        """The loop with what it reports and saves to; the exit status."""
+        state, config = self.state, self.config
+        start = state.iteration
+        is_cut_back = start > 0 and owes_evaluation(config, state)
+        reporter = Reporter(config, self.folder, start, state.wandb_run_id, self.is_first, is_cut_back)
+        with ExitStack() as stack:
+            stack.enter_context(closing(reporter))
+            self.state = replace(state, wandb_run_id=from_first(reporter.wandb_run_id))
+            self._introduce(start, reporter)
+            saves = Saves(self.folder / "checkpoints", config.checkpoint, self.state, self.base is not None)
+            stack.enter_context(saves)
+            where = config, self.folder, self.axes.device
+            profiler = stack.enter_context(Profiler(*where, start=start, say=reporter.say))
+            is_sound = self._loop(stopper, reporter, saves, profiler)
+            if is_sound and not saves.has(self.state):
+                self._save(saves, reporter)
+            self.beat("waiting for the last save")
+            lost = saves.close(self.state, reporter)
+            status = exit_status.FAILURE if lost is not None else 0
+            if not is_sound:
+                status = exit_status.HARDWARE
+            elif stopper.stop is not None and not self.is_over and not status:
+                status = stopper.stop.status
+            for line in last_words(config, self.state, stopper.stop, status):
+                reporter.say(line)
+            if lost is not None and self.is_first:
+                say_lost(lost, saves.saved_at)
+        if self.is_first:
+            sum_up(self.folder, config.name, self.state.iteration, saves.saved_at)
+        return status
 
-    def _loop(self, start: int, interrupted: list[int]) -> None:
-        """Steps, evaluations, log lines and checkpoints after iteration `start`."""
-        settings = self.config.trainer
-        reporter = Reporter(self.config, self.folder, start, self.state.wandb_run_id, self.is_first)
-        self.state = replace(self.state, wandb_run_id=from_first(reporter.wandb_run_id))
-        self._introduce(start, reporter)
-        interval = Interval(self.config, self.axes)
+    def _loop(self, stopper: Stopper, reporter: Reporter, saves: Saves, profiler: Profiler) -> bool:
+        """Steps, and what is due after each, until the run is over or asked to stop.
+
+        Returns False if it ends because a machine is suspected.
+        """
+        interval = Interval(self.config, self.axes, self.waits)
+        if self.resumed is not None:
+            interval.note({"checkpoint/load-s": self.resumed.seconds})
+        slow = SlowRanks(self.config.logging.slow_rank_factor, self.axes.device)
+        goes_on = not stopper.check(self.axes.device) and self._after_step(stopper, reporter, saves)
         loader = self.loader()
         try:
-            if self.base is not None and start == 0:
-                self._evaluate("val", reporter)
             interval.restart()
-            for iteration in range(start + 1, settings.train_iters + 1):
-                result = self.step(iteration, loader, interrupted)
-                interval.add(result)
+            while goes_on and not self.is_over:
+                iteration = self.state.iteration + 1
+                result = self.step(iteration, loader, stopper, saves)
+                for line in result.lines[: -1 if result.verdict is Verdict.STOP else None]:
+                    reporter.say(line)
+                if result.verdict is Verdict.SUSPECT:
+                    return False
+                if result.verdict is Verdict.STOP:
+                    saves.wait(self.state, reporter)
+                    raise ValueError(f"{result.lines[-1]}.\n{advice(saves.saved_at)}")
+                if result.verdict is Verdict.ROLL_BACK:
+                    loader.close()
+                    assert result.back is not None
+                    self._roll_back(result.back, saves, reporter)
+                    loader = self.loader()
+                    interval = Interval(self.config, self.axes, self.waits)
+                    continue
+                slow.add(interval.add(result))
                 reporter.advance()
-                logs = self._is_due(self.config.logging.log_interval) or result.interrupted
-                if logs:
-                    self._log(interval, reporter)
-                is_best = self._is_due(settings.eval_interval) and self._evaluate("val", reporter)
-                if self.ended:  # perhaps by what was just found
-                    if not logs:
-                        self._log(interval, reporter)
-                    self._evaluate("test", reporter)
-                if is_best or self._is_due(self.config.checkpoint.save_interval) or result.interrupted:
-                    reporter.say(f" saved {self.save()}")
+                profiler.step(iteration)
+                if result.finished == dist.get_world_size():
+                    self.state = saves.report(self.state, reporter)
+                stops = stopper.agree(result.asked)
+                if logs := self._is_due(self.config.logging.log_interval) or stops:
+                    self._log(interval, slow, reporter)
+                goes_on = not stops and self._after_step(stopper, reporter, saves)
+                if self.is_over and not logs:  # by what was just found
+                    self._log(interval, slow, reporter)
                 interval.restart()
-                if result.interrupted:
-                    reporter.say(
-                        f" interrupted: stopped after iteration {iteration}; the same command resumes"
-                    )
-                    break
-                if self.ended:
-                    if iteration < settings.train_iters:
-                        reporter.say(f" {self._why_ended()}")
-                    break
         finally:
             loader.close()
-            reporter.close()
+        return True
+
+    def step(
+        self, iteration: int, loader: Loader, stopper: Stopper | None = None, saves: Saves | None = None
+    ) -> StepResult:
+        """One optimizer step on the next global batch; all ranks agree on what becomes of it.
+
+        Raises:
+            ValueError: data that cannot be read; too many steps in a row that are not finite.
+        """
+        config = self.config
+        since = time.perf_counter()
+        batches = [on_device(next(loader), self.axes.device) for _ in range(self.share.num_micro_batches)]
+        wait_ms = 1e3 * (time.perf_counter() - since)
+
+        def compute() -> Computed:
+            asked, finished = stopper and stopper.asked(), saves and saves.finished
+            pairs = own_pairs(batches, self.share, self.axes, config.trainer.seq_length)
+            given = pairs, float(bool(asked)), float(bool(finished))
+            return compute_gradients(self.gpt, batches, given, self.waits, self.beat)
+
+        computed = compute()
+        lines: list[str] = []
+        is_machine = False
+        if not computed.is_finite and config.trainer.rerun_bad_steps:
+            again = rerun(self.gpt, computed, compute)
+            lines.append(again.line)
+            computed, is_machine = again.computed, bool(again.suspects) and not again.computed.is_finite
+        judgement = judge_step(computed.loss, computed.is_finite, is_machine, self.state, config.trainer)
+        if judgement.done:
+            text = blame(self.data.train, self.share, self.state, computed, judgement.done)
+            lines.append(text if judgement.verdict is Verdict.STOP else f" {text}")
+        lr = learning_rate(iteration, config.optimizer, config.scheduler)
+        if judgement.verdict is Verdict.UPDATE:
+            scale_gradients(self.gpt, config.optimizer.clip_grad, computed.norm)
+            self.optimizer.step(lr)
+        else:
+            drop_gradients(self.gpt)
+        pairs, asked, finished = computed.sums
+        samples = config.trainer.global_batch_size
+        before = self.state
+        _, cursor = next_draws(self.data.train, before.consumed_samples, samples, before.skipped_samples)
+        back = None
+        if judgement.verdict in (Verdict.UPDATE, Verdict.SKIP):
+            self.state = after_step(
+                before, judgement, computed.is_finite, computed.loss, cursor, config.trainer
+            )
+        elif judgement.verdict is Verdict.ROLL_BACK:
+            back = way_back(before, cursor, computed.is_finite)
+        tokens = samples * config.trainer.seq_length
+        return StepResult(
+            computed.loss, computed.grad_norm, lr, tokens, pairs, wait_ms, judgement.verdict, tuple(lines),
+            asked, finished, back,
+        )  # fmt: skip
+
+    def loader(self) -> Loader:
+        """The batches that come next, for `step`."""
+        pin = self.axes.device.type == "cuda"
+        where = self.state.consumed_samples, self.share, self.config.data, pin, self.state.skipped_samples
+        return Loader(self.data.train, *where)
+
+    def _after_step(self, stopper: Stopper, reporter: Reporter, saves: Saves) -> bool:
+        """The evaluation and the save that are due here; False if the evaluation was cut off."""
+        if owes_evaluation(self.config, self.state) and not self._evaluate(stopper, reporter):
+            return False
+        state = self.state
+        self._owes_save |= self._is_due(self.config.checkpoint.save_interval)
+        # Not amid bad steps: the newest checkpoint is one from before them. But a best one has no other time.
+        is_best = state.best_iteration == state.iteration
+        if is_best or self.is_over or (self._owes_save and not state.bad_steps_in_a_row):
+            self._owes_save = False
+            if not saves.has(state):
+                self._save(saves, reporter)
+        return True
 
     def _is_due(self, every: int) -> bool:
-        """Whether something is done after this iteration: every so many (0: never), and always at the end."""
-        return self.ended or (every > 0 and self.state.iteration % every == 0)
+        return is_due(self.config, self.state, every)
+
+    def _evaluate(self, stopper: Stopper, reporter: Reporter) -> bool:
+        """Evaluates what is due here; False if that was cut off, and then nothing of it counts."""
+        state = self.state
+        found = {"val": self.evaluate(self.data.valid, "val", stopper)}
+        if self.base is not None and state.iteration and found["val"]:
+            state = judge(state, found["val"]["val/lm loss"])
+        if found["val"] is not None and has_ended(self.config, state):  # perhaps by what was just found
+            found["test"] = self.evaluate(self.data.test, "test", stopper)
+        if any(metrics is None for metrics in found.values()):
+            return False
+        for split, metrics in found.items():
+            if {"val": self.data.valid, "test": self.data.test}[split] is not None and metrics is not None:
+                reporter.log(state.iteration, {"consumed-tokens": state.consumed_tokens, **metrics})
+                reporter.say(evaluation_line(state.iteration, split, metrics))
+        self.state = replace(state, evaluated_at=state.iteration)
+        return True
+
+    def evaluate(
+        self, blend: Blend | None, split: str, stopper: Stopper | None = None
+    ) -> dict[str, float] | None:
+        """Its loss by the metrics' names, over eval_iters global batches: see `megatsp.training.evaluate`.
+
+        {} if there is no such split; None if it was cut off.
+        """
+        if blend is None:
+            return {}
+        settings = self.config.trainer
+
+        def is_cut_off() -> bool:
+            self.beat(f"a batch of {split}")
+            return stopper is not None and stopper.check(self.axes.device)
+
+        where = self.gpt, self.axes.device, blend, split, settings.eval_iters * settings.global_batch_size
+        return evaluate(*where, self.share, self.tokenizer, is_cut_off)
+
+    def _log(self, interval: Interval, slow: SlowRanks, reporter: Reporter) -> None:
+        settings, iteration = self.config.trainer, self.state.iteration
+        ranks, line = slow.report(iteration)
+        metrics = interval.take(self.state) | ranks
+        reporter.log(iteration, metrics)
+        reporter.say(iteration_line(iteration, settings.train_iters, settings.global_batch_size, metrics))
+        if line:
+            reporter.say(line)
+
+    def _save(self, saves: Saves, reporter: Reporter) -> None:
+        """Saves what is trained, its moments and the cursor; on all ranks."""
+        self.beat("saving")
+        extra = {"config.yaml": to_yaml(self.config).encode()}
+        if self.base is not None:
+            extra |= self.base.files
+        elif self.resumed_from is not None:
+            extra |= stored_files(self.resumed_from)  # of an imported run
+        tensors = store.named_tensors(self.gpt, self.optimizer.tensors())
+        self.state = saves.save(self.state, tensors, extra, self.tokenizer, reporter)
+        self.beat("saved")
+
+    def _roll_back(self, back: Back, saves: Saves, reporter: Reporter) -> None:
+        """Goes on from the newest good checkpoint from before the bad steps, without their samples."""
+        left = saves.wait(self.state, reporter)
+        found = load_before(back.before, self.config, self.gpt, self.optimizer)
+        if found is None:
+            found = first_state(self.config, self.axes, self.gpt, self.optimizer, self.base, left.data_key)
+        self.state = rolled_back(found, left, back)
+        reporter.go_back(self.state.iteration)
+        saves.go_back(self.state)
+        if self.is_first and self.base is not None:
+            point_to_best(self.folder / "checkpoints", self.state)
+        self._owes_save = False
+        reporter.say(
+            f" rolled back to iteration {self.state.iteration}; samples {back.start} to {back.stop - 1} of "
+            "the order are left out"
+        )
+        self.beat("rolled back")
 
     def _introduce(self, start: int, reporter: Reporter) -> None:
         reporter.say(greeting(self.config, self.axes, self.gpt, start))
@@ -191,91 +397,6 @@ class Training:
             reporter.say(line)
         for line in source_lines(self.config, self.data):
             reporter.say(line)
-
-    def _log(self, interval: Interval, reporter: Reporter) -> None:
-        settings, iteration = self.config.trainer, self.state.iteration
-        metrics = interval.take(self.state)
-        reporter.log(iteration, metrics)
-        reporter.say(iteration_line(iteration, settings.train_iters, settings.global_batch_size, metrics))
-
-    def _evaluate(self, split: str, reporter: Reporter) -> bool:
-        """Evaluates a split if there is one; whether its loss is the lowest of weights that were tuned."""
-        blend = {"val": self.data.valid, "test": self.data.test}[split]
-        if blend is None:
-            return False
-        found = self.evaluate(blend, split)
-        reporter.log(self.state.iteration, {"consumed-tokens": self.state.consumed_tokens, **found})
-        reporter.say(evaluation_line(self.state.iteration, split, found))
-        if self.base is None or split != "val" or not found or not self.state.iteration:
-            return False
-        self.state = judge(self.state, found["val/lm loss"])
-        return self.state.best_iteration == self.state.iteration
-
-    def loader(self) -> Loader:
-        """The batches that come next, for `step`."""
-        pin = self.axes.device.type == "cuda"
-        return Loader(self.data.train, self.state.consumed_samples, self.share, self.config.data, pin)
-
-    def step(self, iteration: int, loader: Loader, interrupted: list[int]) -> StepResult:
-        """One optimizer step on the next global batch; all ranks agree whether one was interrupted.
-
-        Raises:
-            ValueError: data that cannot be read; loss or gradient norm is not finite; nothing was updated.
-        """
-        config = self.config
-        since = time.perf_counter()
-        batches = [on_device(next(loader), self.axes.device) for _ in range(self.share.num_micro_batches)]
-        wait_ms = 1e3 * (time.perf_counter() - since)
-        # How many tokens carry loss, over all ranks: so each token weighs the same.
-        own = torch.stack([mask.sum(dtype=torch.float64) for _, _, mask, _ in batches]).sum()
-        loss_tokens = sum_over_ranks(own).clamp(min=1).float()
-        losses = accumulate_gradients(self.gpt, batches, loss_tokens)
-        mine = losses.sum(dtype=torch.float64) / loss_tokens
-        found = [mine, mine.new_tensor(bool(interrupted)), mine.new_tensor(self._own_pairs(batches))]
-        loss, stops, pairs = sum_over_ranks(torch.stack(found)).tolist()
-        norm = clip_gradients(self.gpt, config.optimizer.clip_grad).item()
-        self.gpt.engine.check()  # what a rank did not send is NaN: say that first
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise ValueError(
-                blame(self.data.train, self.share, self.state, self.saved_at, loss, norm, losses)
-            )
-        lr = learning_rate(iteration, config.optimizer, config.scheduler)
-        self.optimizer.step(lr)
-        samples = config.trainer.global_batch_size
-        tokens = samples * config.trainer.seq_length
-        self.state = replace(
-            self.state,
-            iteration=iteration,
-            consumed_samples=self.state.consumed_samples + samples,
-            consumed_tokens=self.state.consumed_tokens + tokens,
-        )
-        return StepResult(loss, norm, lr, tokens, pairs, wait_ms, stops > 0)
-
-    def evaluate(self, blend: Blend, split: str) -> dict[str, float]:
-        """Its loss by the metrics' names, over eval_iters global batches: see `megatsp.training.evaluate`."""
-        settings = self.config.trainer
-        num_samples = settings.eval_iters * settings.global_batch_size
-        return evaluate(self.gpt, self.axes.device, blend, split, num_samples, self.share, self.tokenizer)
-
-    def save(self) -> Path:
-        """Saves what is trained, its moments and the cursor; on all ranks."""
-        extra = {"config.yaml": to_yaml(self.config).encode()}
-        if self.base is not None:
-            extra |= self.base.files
-        elif self.resumed_from is not None:
-            extra |= stored_files(self.resumed_from)  # of an imported run
-        checkpoints, tensors = self.folder / "checkpoints", self.optimizer.tensors()
-        self.saved_at = self.state.iteration
-        saved = store.save(checkpoints, self.state, self.gpt, tensors, extra, self.tokenizer)
-        if self.base is not None and self.is_first:
-            point_to_best(checkpoints, self.state)
-        return saved
-
-    def _own_pairs(self, batches: Sequence[Batch]) -> float:
-        """This rank's share of the pairs of tokens that attend to each other."""
-        length, sharers = self.config.trainer.seq_length, dist.get_world_size() // self.axes.dp_size
-        plain = self.share.micro_batch_size * length * length / 2  # as `flops_per_token` counts
-        return sum(plain if first is None else attended_pairs(first) for *_, first in batches) / sharers
 
     def _open_folder(self) -> None:
         if self.is_first:
@@ -286,27 +407,3 @@ class Training:
                 self.base.write_report(self.folder)
                 point_to_best(self.folder / "checkpoints", self.state)
         dist.barrier()
-
-    def _sum_up(self) -> None:
-        entries = read_metrics(self.folder / "metrics.jsonl")
-        plot_loss(entries, self.folder / "loss.png", f"{self.config.name}, iteration {self.state.iteration}")
-        print(f" checkpoint: {paths.folder_of(self.folder / 'checkpoints', self.saved_at)}")
-        print(
-            f" metrics:    {self.folder / 'metrics.jsonl'}\n plot:       {self.folder / 'loss.png'}",
-            flush=True,
-        )
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """A list that SIGINT is put into, instead of stopping this process."""
-    seen: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        seen.append(signum)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)

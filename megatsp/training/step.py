@@ -1,6 +1,6 @@
 """The computing of one optimizer step, which training and benchmarks share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,16 @@ from megatsp.model.gpt import GPT
 Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-def accumulate_gradients(gpt: GPT, batches: Sequence[Batch], loss_tokens: Tensor | float) -> Tensor:
+def accumulate_gradients(
+    gpt: GPT,
+    batches: Sequence[Batch],
+    loss_tokens: Tensor | float,
+    beat: Callable[[str], None] = lambda what: None,
+) -> Tensor:
     """Forward and backward of each micro-batch; gradients add up in the parameters.
 
     loss_tokens: how many tokens carry loss over all ranks, so that each weighs the same.
+    beat: called after each micro-batch.
     Returns the local tokens' loss summed by sample, fp32 [micro-batches, B], not yet divided.
     """
     losses = []
@@ -22,4 +28,5 @@ def accumulate_gradients(gpt: GPT, batches: Sequence[Batch], loss_tokens: Tensor
         token_losses = gpt(*batch)
         (token_losses.sum() / loss_tokens).backward()
         losses.append(token_losses.detach().sum(1))
+        beat("a micro-batch")
     return torch.stack(losses)

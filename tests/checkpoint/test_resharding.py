@@ -31,18 +31,14 @@ Losses = list[float]
 
 def config_of(folder: Path, name: str, mesh: str) -> Config:
     """The run `name`, on a mesh; its learning rate magnifies no rounding: see test_run.py."""
-    more = [
-        "optimizer.lr=0.005",
-        "trainer.train_iters=13",
-        "trainer.micro_batch_size=4",
-        "model.num_layers=1",
-    ]
-    return compose(overrides(folder / "corpus", folder, *more, f"name={name}", *MESHES[mesh][1]))
+    small = ["trainer.micro_batch_size=4", "model.num_layers=1", "optimizer.lr=0.005"]
+    more = [*small, "trainer.train_iters=13", f"name={name}", *MESHES[mesh][1]]
+    return compose(overrides(folder / "corpus", folder, *more))
 
 
 def next_losses(training: Training, count: int) -> Losses:
     loader, start = training.loader(), training.state.iteration
-    found = [training.step(start + i, loader, []).loss for i in range(1, count + 1)]
+    found = [training.step(start + i, loader).loss for i in range(1, count + 1)]
     loader.close()
     return found
 
@@ -77,20 +73,25 @@ def resume(configs: Sequence[Config]) -> list[tuple[State, Losses]]:
     return found
 
 
+def both(saves: Sequence[Config], resumes: Sequence[Config]) -> tuple[list, list]:
+    return save_and_go_on(saves), resume(resumes)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
     """What was saved, by mesh, and what was resumed, by the mesh that saved and the one that resumed."""
     folder = tmp_path_factory.mktemp("resharding")
     write_corpus(folder / "corpus")
     saved, resumed = {}, {}
-    for world_size in (1, 2, 4):
-        names = [name for name, (ranks, _) in MESHES.items() if ranks == world_size]
-        configs = [config_of(folder, name, name) for name in names]
-        saved |= dict(zip(names, run_distributed(save_and_go_on, world_size, configs)[0], strict=True))
-    for world_size in (1, 2, 4):
-        pairs = [(old, new) for old in MESHES for new, (ranks, _) in MESHES.items() if ranks == world_size]
-        configs = [config_of(folder, old, new) for old, new in pairs]
-        resumed |= dict(zip(pairs, run_distributed(resume, world_size, configs)[0], strict=True))
+    for world_size, saves, resumes in ((1, True, False), (2, True, False), (4, True, True), (2, False, True),
+                                       (1, False, True)):  # fmt: skip
+        here = [name for name, (ranks, _) in MESHES.items() if ranks == world_size]
+        pairs = [(old, new) for old in MESHES for new in here] if resumes else []
+        names = here if saves else []
+        configs = [config_of(folder, name, name) for name in names], [config_of(folder, *p) for p in pairs]
+        found = run_distributed(both, world_size, *configs)[0]
+        saved |= dict(zip(names, found[0], strict=True))
+        resumed |= dict(zip(pairs, found[1], strict=True))
     return saved, resumed
 
 

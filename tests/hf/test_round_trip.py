@@ -72,7 +72,7 @@ def check(folders, tmp_path, world_size, meshes):
         }.items():
             (saved / path).parent.mkdir(exist_ok=True)
             (saved / path).write_bytes(content.encode() if isinstance(content, str) else content)
-        export(saved, run / "hf", verify=False)
+        export(relist(saved), run / "hf", verify=False)
         assert same_bits(folder, run / "hf"), (name, mesh)
         assert (folder / "config.json").read_text() == (run / "hf" / "config.json").read_text()
 

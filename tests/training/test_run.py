@@ -12,7 +12,17 @@ import pytest
 import torch
 from dense import DenseGPT
 from distributed import run_distributed
-from runs import ROOT, files, full_state, losses, overrides, start_training, train_on_ranks, write_corpus
+from runs import (
+    ROOT,
+    StopIf,
+    files,
+    full_state,
+    losses,
+    overrides,
+    start_training,
+    train_on_ranks,
+    write_corpus,
+)
 from safetensors.torch import load_file
 
 from megatsp.checkpoint.paths import LATEST
@@ -53,7 +63,9 @@ EVERY_FOUR = ["checkpoint.save_interval=4", "trainer.eval_interval=4", "optimize
 STEP_METRICS = {
     "iteration", "consumed-tokens", "lm loss", "grad-norm", "learning-rate", "iteration-time-ms",
     "tokens/s/gpu", "tflops/gpu", "mfu", "memory/peak-gib", "data/wait-ms", "comm/exposed-ms", "comm/bytes",
+    "skipped-steps", "loss-spikes", "ranks/busy-ms-max", "ranks/busy-ms-median", "ranks/slowest",
 }  # fmt: skip
+SAVE_METRICS = {"checkpoint/stall-ms", "checkpoint/save-s", "checkpoint/bytes"}
 EVALUATION_METRICS = {"iteration", "consumed-tokens", "val/lm loss", "val/bits-per-byte"}
 
 Entries = list[dict[str, Any]]
@@ -104,7 +116,7 @@ def rank_steps(configs: Sequence[Config]) -> list[list[tuple[float, float]]]:
     """On a rank: loss and gradient norm of each run's first five steps."""
     trainings = (start_training(config) for config in configs)
     loaders = ((training, training.loader()) for training in trainings)
-    results = [[training.step(i, loader, []) for i in range(1, 6)] for training, loader in loaders]
+    results = [[training.step(i, loader) for i in range(1, 6)] for training, loader in loaders]
     return [[(result.loss, result.grad_norm) for result in of_run] for of_run in results]
 
 
@@ -154,7 +166,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(entries, folder
     world_size, more = MESHES[name]
     (resumed,) = train_on_ranks(world_size, arguments(folder, copy, *more))
     exact = ("iteration", "consumed-tokens", "lm loss", "grad-norm", "learning-rate", "val/lm loss")
-    picked = [[{k: e[k] for k in exact if k in e} for e in run] for run in (resumed, entries[name])]
+    logged = [[e for e in run if not SAVE_METRICS & e.keys()] for run in (resumed, entries[name])]
+    picked = [[{k: e[k] for k in exact if k in e} for e in run] for run in logged]
     assert picked[0] == picked[1]  # no gap, no overlap, the same floating-point numbers
     ends = [folder / run / "checkpoints" / "iter_0000010" for run in (copy, name)]
     shards = sorted(path.name for path in ends[1].glob("*.safetensors"))
@@ -192,7 +205,7 @@ def run_and_print(config: Config, path: Path) -> None:
     """On a rank: a run whose standard output goes to a file."""
     with open(path, "w") as file:
         os.dup2(file.fileno(), 1)
-        start_training(config).run([])
+        start_training(config).run()
         print(end="", flush=True)
 
 
@@ -221,7 +234,7 @@ def mean_traffic(config: Config) -> float:
     training = start_training(config)
     interval, loader = Interval(training.config, training.axes), training.loader()
     for iteration in (1, 2):
-        interval.add(training.step(iteration, loader, []))
+        interval.add(training.step(iteration, loader))
         assert training.data.valid is not None
         training.evaluate(training.data.valid, "val")
         interval.restart()
@@ -273,29 +286,19 @@ def test_evaluation_equals_the_dense_models(entries, folder, world_size, more, e
     assert found["val/bits-per-byte"] == pytest.approx(bits / num_bytes, rel=1e-6)
 
 
-class AskedToStop:
-    """What SIGINT fills, on a rank: true from the third look on, at the third step."""
-
-    def __init__(self) -> None:
-        self.looks = 0
-
-    def __bool__(self) -> bool:
-        self.looks += 1
-        return self.looks >= 3
-
-
-def stop_at_3(config: Config) -> int:
-    """On a rank: train, with only the last rank asked to stop; returns the last iteration."""
+def stop_at_3(config: Config) -> tuple[int, int]:
+    """On a rank: train, with only the last rank asked to stop; returns the last iteration and the status."""
     training = start_training(config)
     is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-    training.run(AskedToStop() if is_last else [])
-    return training.state.iteration
+    status = training.run(StopIf(lambda: is_last and training.state.iteration >= 2))
+    return training.state.iteration, status
 
 
 def test_a_request_to_any_rank_stops_all_after_the_step_and_saves(entries, folder):
     config = compose(arguments(folder, "stopped", "parallel.tsp=2", "logging.log_interval=5"))
-    assert run_distributed(stop_at_3, 2, config) == [3, 3]
-    (only,) = read_metrics(folder / "stopped" / "metrics.jsonl")
+    assert run_distributed(stop_at_3, 2, config) == [(3, 75), (3, 75)]
+    (only, saved) = read_metrics(folder / "stopped" / "metrics.jsonl")
+    assert saved.keys() == {"iteration", *SAVE_METRICS} and saved["checkpoint/bytes"] > 0
     assert only["iteration"] == 3
     assert only["lm loss"] == pytest.approx(np.mean(losses(entries["tsp2"])[:3]), rel=1e-12)
     assert (folder / "stopped" / "checkpoints" / LATEST).read_text() == "3\n"
