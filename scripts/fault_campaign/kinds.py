@@ -30,6 +30,7 @@ class Trial:
     good: set[int] = field(default_factory=set)  # checkpoints that were good before or after the fault
     struck: float = 0.0
     redone_limit: int = SAVE_INTERVAL
+    may_lack: bool = False  # checkpoints between the first and the last
 
     @property
     def checkpoints(self) -> Path:
@@ -154,7 +155,11 @@ def unmount(folder: Path) -> None:
 
 
 def _held(trial: Trial, begin: Callable[[], bool], stop: Callable[[], None]) -> None:
-    """From one random iteration on nothing can be written, for a while; then the run goes on to its end."""
+    """From one random iteration on nothing can be written, for a while; then the run goes on to its end.
+
+    A checkpoint that was due meanwhile may be given up, which is said: it is not missed here.
+    """
+    trial.may_lack, trial.redone_limit = True, ITERATIONS
     job = trial.start({"rank": 0, "event": "none", "count": 1, "delay_s": 0, "action": "none"})  # but slowly
     job.ran_to(trial.random.randint(SAVE_INTERVAL + 1, ITERATIONS - 2), trial.limit_s)
     trial.good = good(trial.checkpoints)
