@@ -112,6 +112,9 @@ def _damaged(change: Callable[[Path, random.Random], None]) -> Callable[[Trial],
         job = trial.start()
         if not job.ran_to(trial.random.randint(2 * SAVE_INTERVAL + 1, ITERATIONS), trial.limit_s):
             trial.problems.append("it ended before it could be damaged")
+        end = time.monotonic() + trial.limit_s
+        while len(good(trial.checkpoints)) < 2 and time.monotonic() < end:  # one to damage, one to go on from
+            time.sleep(0.05)
         for pid in processes(trial.folder):
             kill(pid)
         trial.end(-9, 0)
