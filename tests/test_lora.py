@@ -180,7 +180,7 @@ def test_steps_are_torchs_and_move_adapters_alone():
 def rank_resume(configs: list[Config]) -> list[State]:
     """On a rank: what the first run ends with, and what the others find in its folder."""
     training = start_training(configs[0])
-    training.run([])
+    training.run()
     return [full_state(training), *(full_state(start_training(other)) for other in configs[1:])]
 
 

@@ -126,7 +126,7 @@ def test_the_sft_experiment_trains_on_the_example(example: Path, monkeypatch: py
     make("qwen3", Path("outputs/hf/qwen3_tiny"), Path("outputs/data/jsonl_example/tokenizer"))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # quicker than a rank
     try:
-        start_training(compose(["experiment=sft_example", *given], primary="sft")).run([])
+        start_training(compose(["experiment=sft_example", *given], primary="sft")).run()
     finally:
         dist.destroy_process_group()
     entries = read_metrics(example / "outputs" / "sft_example" / "metrics.jsonl")

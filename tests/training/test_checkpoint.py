@@ -31,7 +31,7 @@ SAVED = {
 
 def train_and_gather(config: Config) -> State:
     training = start_training(config)
-    training.run([])
+    training.run()
     return full_state(training)
 
 

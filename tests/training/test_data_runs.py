@@ -65,7 +65,7 @@ def first_step(configs: Sequence[Config]) -> list[tuple[float, dict[str, torch.T
     for config in configs:
         training = start_training(config)
         weights = {n: p.detach().full_tensor().clone() for n, p in training.gpt.named_parameters()}
-        found.append((training.step(1, training.loader(), []).loss, weights))
+        found.append((training.step(1, training.loader()).loss, weights))
     return found
 
 

@@ -21,7 +21,7 @@ def first_and_trained(config: Config) -> tuple[dict[str, torch.Tensor], int]:
     """On a rank: the tensors that the run begins with, and how far it comes."""
     training = start_training(config)
     first = {name: tensor.clone() for name, tensor in full_state(training).items()}
-    training.run([])
+    training.run()
     return first, training.state.iteration
 
 

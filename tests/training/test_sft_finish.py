@@ -9,7 +9,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from peft import PeftModel
-from runs import full_state, start_training
+from runs import StopIf, full_state, start_training
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuning import T, prepare_chats, save_checkpoint, tuning
@@ -28,23 +28,13 @@ EVERY_TWO = ["trainer.eval_interval=2", "trainer.train_iters=6", "parallel.tsp=2
 IDS = torch.randint(3, 356, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
-class After:
-    """A list of signals that is empty for so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
 def run_all(jobs: list[tuple[Config, int]]) -> list[dict[str, Any]]:
     """On a rank: each run, interrupted after so many steps: what became of it, and what it says to IDS."""
     found = []
     for config, steps in jobs:
         training = start_training(config)
-        ended = training.run(After(steps))  # type: ignore[arg-type]
+        training.run(StopIf(lambda training=training, steps=steps: training.state.iteration >= steps))
+        ended = training.is_over
         ids = list(IDS)
         logits = [next_token_logits(training.gpt, training.axes, IDS)]
         while len(ids) < len(IDS) + 6:

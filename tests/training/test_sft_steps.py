@@ -47,7 +47,7 @@ def first_steps(config: Config) -> dict[str, Any]:
         assert parameter.grad is not None
         gradients[name], parameter.grad = parameter.grad.full_tensor(), None  # type: ignore[attr-defined]
     loader = training.loader()
-    results = [training.step(i, loader, []) for i in range(1, STEPS + 1)]
+    results = [training.step(i, loader) for i in range(1, STEPS + 1)]
     return {
         "initial": initial,
         "gradients": gradients,
