@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fault_campaign.checks import differences, left_running, lost
-from fault_campaign.job import Job, iterations, redone, write_corpus
+from fault_campaign.job import Job, recovery_s, redone, write_corpus
 from fault_campaign.kinds import KINDS, SPOILT, Trial, mount, unmount
 
 from megatsp.bench.table import align
@@ -90,14 +90,13 @@ class Campaign:
             # A save that is under way in the background when the fault comes is not there afterwards.
             if again > trial.redone_limit + 2 * is_async:
                 problems.append(f"{again} iterations were computed again, more than {trial.redone_limit}")
-            after = [at for at, _ in iterations(lines) if at > trial.struck]
             if problems:
                 text = "\n----\n".join(job.text for job in trial.jobs)
                 (self.folder / f"{folder.name}.log").write_text(text)
             return Result(
                 number, kind,
                 sum("all ranks start again" in line for _, line in lines) + len(trial.jobs) - 1,
-                again, min(after) - trial.struck if after and trial.struck else 0.0, time.time() - began,
+                again, recovery_s(lines, trial.struck), time.time() - began,
                 bool(trial.struck), problems,
             )  # fmt: skip
         finally:
