@@ -118,6 +118,7 @@ def _rule_errors(config: Config) -> Iterator[str]:
     yield from _finetune_errors(config)
     yield from _adapter_errors(config)
     yield from _scheduler_errors(config)
+    yield from _failure_errors(config)
 
     p = config.parallel
     if p.pp != 1:
@@ -265,6 +266,18 @@ def _scheduler_errors(config: Config) -> Iterator[str]:
         yield "scheduler.lr_wsd_decay_iters=0: lr_decay_style=WSD needs the length of its final decay"
     if s.lr_decay_style != "WSD" and wsd > 0:
         yield f"scheduler.lr_wsd_decay_iters={wsd}: only lr_decay_style=WSD reads it; set 0"
+
+
+def _failure_errors(config: Config) -> Iterator[str]:
+    """What becomes of bad steps, leaps and old checkpoints, held against each other."""
+    t, c = config.trainer, config.checkpoint
+    for name in ("on_bad_steps", "on_spike"):
+        if getattr(t, name) == "rollback" and not t.max_rollbacks:
+            yield f"trainer.max_rollbacks=0: trainer.{name}=rollback needs at least 1, or choose another"
+    if t.on_spike != "warn" and not t.spike_deviations:
+        yield f"trainer.on_spike={t.on_spike}: nothing is a spike with spike_deviations=0; give deviations"
+    if c.keep_every and not c.keep_last:
+        yield f"checkpoint.keep_every={c.keep_every}: all are kept with keep_last=0; set keep_last, or 0 here"
 
 
 def _fill(config: Config) -> Config:

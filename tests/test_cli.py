@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatsp import __version__, cli, launcher
+from megatsp.checkpoint.manifest import read_manifest
 from megatsp.compose import group_choices, key_paths
 from megatsp.schema import Config
 from megatsp.validate import validate
@@ -32,14 +33,13 @@ def calls(monkeypatch):
         return lambda *arguments: seen.append((name, *arguments)) or result
 
     for module, function, result in (
-        ("run", "train", None),
+        ("run", "train", 0),
         ("report", "describe", "the mesh"),
         ("generate", "main", None),
     ):
         fake = types.ModuleType(f"megatsp.training.{module}")
         setattr(fake, function, recorder(module, result))
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    monkeypatch.setitem(sys.modules, "megatsp.training", types.ModuleType("megatsp.training"))
     monkeypatch.setattr(launcher, "launch_local", recorder("launch", 0))
     return seen
 
@@ -158,7 +158,7 @@ def test_the_status_of_the_ranks_is_that_of_the_command(monkeypatch):
 
 def test_as_a_rank_it_trains_with_the_worlds_size(calls, as_rank):
     assert as_rank(3, 4, ["train", "parallel.tsp=2", "trainer.global_batch_size=8"]) == 0
-    ((name, config),) = calls
+    ((name, config, _),) = calls
     assert name == "run" and (config.parallel.tsp, config.parallel.dp_shard) == (2, 2)
 
 
@@ -237,5 +237,6 @@ def test_only_our_own_value_errors_are_the_users():
         raise AssertionError("nothing was raised")
 
     assert launcher.is_users(caught(lambda: validate(Config(name="a/b"), 1)))
+    assert launcher.is_users(caught(lambda: read_manifest(Path("nowhere"))))  # Damaged, our own kind of one
     assert not launcher.is_users(caught(lambda: int("x")))
     assert not launcher.is_users(caught(lambda: validate(None, 1)))

@@ -81,7 +81,7 @@ def test_interrupted_it_saves_and_the_same_command_completes(start, tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")
 def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):
-    job = start("trainer.train_iters=1000000")
+    job = start("trainer.train_iters=1000000", "launch.max_restarts=0")
     wait_for_steps(tmp_path, job)
     running = processes(tmp_path)
     assert sorted(running.values()) == ["", "0", "1"]

@@ -35,7 +35,7 @@ class Bits:
 
 @dataclass(frozen=True)
 class Rerun:
-    """computed: the second time; its gradients are in the parameters. suspects: hosts by rank; {}: same bits."""
+    """computed: the second time; its gradients are in the parameters. suspects: hosts by rank; {}: none."""
 
     computed: Computed
     suspects: dict[int, str]

@@ -1,51 +1,33 @@
 """The training run, read top to bottom: set up, step, evaluate, log, save, sum up."""
 
 import sys
-import time
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
-from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatsp import exit_status
-from megatsp.axes import Axes, choose_device, join
+from megatsp.axes import choose_device, join
 from megatsp.checkpoint import paths, store
-from megatsp.checkpoint.state import RunState
-from megatsp.comm import Traffic
 from megatsp.compose import to_yaml
-from megatsp.data.blend import Blend
-from megatsp.data.loader import Loader, Share, next_draws
-from megatsp.data.splits import load_splits
-from megatsp.data.tokenizer import load_tokenizer
 from megatsp.hf.kept import stored_files
-from megatsp.model.gpt import GPT
-from megatsp.model.parallelize import build_model
 from megatsp.schema import Config
-from megatsp.training.bad_steps import Back, Verdict, after_step, judge_step, rolled_back, way_back
-from megatsp.training.base import Base
-from megatsp.training.best import check_best, judge, point_to_best
-from megatsp.training.evaluate import evaluate
-from megatsp.training.flops import own_pairs
-from megatsp.training.folder import check_data, find_checkpoints, lock, run_folder
+from megatsp.training.bad_steps import Back, Verdict, rolled_back
+from megatsp.training.best import judge, point_to_best
+from megatsp.training.folder import find_checkpoints, lock, run_folder
 from megatsp.training.give_back import give_back
-from megatsp.training.gradients import Computed, compute_gradients, drop_gradients
-from megatsp.training.interval import Interval, StepResult
+from megatsp.training.interval import Interval
 from megatsp.training.last_words import last_words, say_lost, sum_up
 from megatsp.training.logs import Reporter, evaluation_line, iteration_line
-from megatsp.training.messages import advice, blame, greeting, source_lines, transfers
-from megatsp.training.optimizer import AdamW, scale_gradients
+from megatsp.training.messages import advice, greeting, source_lines, transfers
 from megatsp.training.out_of_memory import explain, is_out_of_memory, record_history
 from megatsp.training.profile import Profiler
-from megatsp.training.progress import has_ended, is_due, is_over, owes_evaluation, why_ended
-from megatsp.training.ranks import from_first, on_device
-from megatsp.training.rerun import rerun
-from megatsp.training.resume import Resumed, find_candidates, load_newest
+from megatsp.training.progress import has_ended, is_over, owes_evaluation, why_ended
+from megatsp.training.ranks import from_first
 from megatsp.training.rollback import first_state, load_before
 from megatsp.training.saving import Saves
-from megatsp.training.schedule import learning_rate
 from megatsp.training.slow_ranks import SlowRanks
+from megatsp.training.steps import Steps
 from megatsp.training.stopping import CutOff, Stop, Stopper
 from megatsp.training.watchdog import Watchdog
 from megatsp.validate import validate
@@ -96,53 +78,10 @@ def train(config: Config, stopper: Stopper) -> int:
     return 0
 
 
-class Training:
-    """One run on this rank. Everything that can be refused is refused before a file is written."""
+class Training(Steps):
+    """A run on this rank: the loop around its steps, and what it reports and saves."""
 
-    def __init__(self, config: Config, device: torch.device, watchdog: Watchdog | None = None) -> None:
-        self.config = config
-        self.beat = watchdog.beat if watchdog is not None else lambda what: None
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.data = load_splits(config, self.tokenizer)
-        self.folder = run_folder(config)
-        self.candidates = find_candidates(config)
-        self.resumed_from = self.candidates[0] if self.candidates else None
-        if self.resumed_from is not None:
-            self._check(self.resumed_from)
-        self.base = Base(config, self.resumed_from, self.tokenizer) if config.finetune.hf else None
-        dist.barrier()  # every rank has looked before one writes
-        self.axes = Axes.build(config.parallel, device)
-        if watchdog is not None:
-            watchdog.traffic = self.axes.traffic
-        self.waits = Traffic()  # of the loop itself, beside those of the axes
-        trainer = config.trainer
-        self.share = Share(
-            trainer.global_batch_size, trainer.micro_batch_size, self.axes.dp_rank, self.axes.dp_size,
-            self.axes.spans(trainer.seq_length),
-        )  # fmt: skip
-        self.gpt: GPT = build_model(config, self.axes)
-        self.optimizer = AdamW(self.gpt, config.optimizer)
-        self.beat("the model was built")
-        self.state = RunState(data_key=self.data.key)
-        self.resumed: Resumed | None = None  # and what loading it took
-        if self.base is not None:
-            self.base.fill(self.gpt, self.axes, is_new=self.resumed_from is None)
-            self.state = replace(self.state, base_fingerprint=self.base.source.fingerprint)
-        if self.resumed_from is not None:
-            tensors = self.optimizer.tensors()
-            self.resumed = load_newest(config, self.candidates, self.gpt, tensors, self._check)
-            self.resumed_from = self.resumed.folder
-            self.state = replace(self.resumed.state, data_key=self.data.key)  # the same, or not known then
-            self.optimizer.loaded(self.state.iteration - self.state.skipped_steps)
-            check_best(config, self.folder / "checkpoints", self.state)
-        self.beat("the weights were loaded")
-        self.is_first = dist.get_rank() == 0
-        self._owes_save = False  # one was due amid bad steps
-
-    def _check(self, found: Path) -> None:
-        """Refuses a checkpoint of another tokenizer or of other data."""
-        store.check_tokenizer(found, self.tokenizer)
-        check_data(self.config, found, self.data.key)
+    _owes_save = False  # one was due amid bad steps
 
     def run(self, stopper: Stopper | None = None) -> int:
         """Trains to the end, or to where all ranks agree to stop; returns the exit status."""
@@ -156,11 +95,6 @@ class Training:
         self.gpt.engine.close()
         dist.barrier()  # a launcher ends all ranks once one has ended with another status than 0
         return status
-
-    @property
-    def is_over(self) -> bool:
-        """Whether there is nothing left to do."""
-        return is_over(self.config, self.state)
 
     def _train(self, stopper: Stopper) -> int:
         """The loop with what it reports and saves to; the exit status."""
@@ -207,7 +141,7 @@ class Training:
         loader = self.loader()
         try:
             interval.restart()
-            while goes_on and not self.is_over:
+            while goes_on and not is_over(self.config, self.state):
                 iteration = self.state.iteration + 1
                 result = self.step(iteration, loader, stopper, saves)
                 for line in result.lines[: -1 if result.verdict is Verdict.STOP else None]:
@@ -233,71 +167,12 @@ class Training:
                 if logs := self._is_due(self.config.logging.log_interval) or stops:
                     self._log(interval, slow, reporter)
                 goes_on = not stops and self._after_step(stopper, reporter, saves)
-                if self.is_over and not logs:  # by what was just found
+                if not logs and (self.is_over or not goes_on):  # by what was just found, or heard
                     self._log(interval, slow, reporter)
                 interval.restart()
         finally:
             loader.close()
         return True
-
-    def step(
-        self, iteration: int, loader: Loader, stopper: Stopper | None = None, saves: Saves | None = None
-    ) -> StepResult:
-        """One optimizer step on the next global batch; all ranks agree on what becomes of it.
-
-        Raises:
-            ValueError: data that cannot be read; too many steps in a row that are not finite.
-        """
-        config = self.config
-        since = time.perf_counter()
-        batches = [on_device(next(loader), self.axes.device) for _ in range(self.share.num_micro_batches)]
-        wait_ms = 1e3 * (time.perf_counter() - since)
-
-        def compute() -> Computed:
-            asked, finished = stopper and stopper.asked(), saves and saves.finished
-            pairs = own_pairs(batches, self.share, self.axes, config.trainer.seq_length)
-            given = pairs, float(bool(asked)), float(bool(finished))
-            return compute_gradients(self.gpt, batches, given, self.waits, self.beat)
-
-        computed = compute()
-        lines: list[str] = []
-        is_machine = False
-        if not computed.is_finite and config.trainer.rerun_bad_steps:
-            again = rerun(self.gpt, computed, compute)
-            lines.append(again.line)
-            computed, is_machine = again.computed, bool(again.suspects) and not again.computed.is_finite
-        judgement = judge_step(computed.loss, computed.is_finite, is_machine, self.state, config.trainer)
-        if judgement.done:
-            text = blame(self.data.train, self.share, self.state, computed, judgement.done)
-            lines.append(text if judgement.verdict is Verdict.STOP else f" {text}")
-        lr = learning_rate(iteration, config.optimizer, config.scheduler)
-        if judgement.verdict is Verdict.UPDATE:
-            scale_gradients(self.gpt, config.optimizer.clip_grad, computed.norm)
-            self.optimizer.step(lr)
-        else:
-            drop_gradients(self.gpt)
-        pairs, asked, finished = computed.sums
-        samples = config.trainer.global_batch_size
-        before = self.state
-        _, cursor = next_draws(self.data.train, before.consumed_samples, samples, before.skipped_samples)
-        back = None
-        if judgement.verdict in (Verdict.UPDATE, Verdict.SKIP):
-            self.state = after_step(
-                before, judgement, computed.is_finite, computed.loss, cursor, config.trainer
-            )
-        elif judgement.verdict is Verdict.ROLL_BACK:
-            back = way_back(before, cursor, computed.is_finite)
-        tokens = samples * config.trainer.seq_length
-        return StepResult(
-            computed.loss, computed.grad_norm, lr, tokens, pairs, wait_ms, judgement.verdict, tuple(lines),
-            asked, finished, back,
-        )  # fmt: skip
-
-    def loader(self) -> Loader:
-        """The batches that come next, for `step`."""
-        pin = self.axes.device.type == "cuda"
-        where = self.state.consumed_samples, self.share, self.config.data, pin, self.state.skipped_samples
-        return Loader(self.data.train, *where)
 
     def _after_step(self, stopper: Stopper, reporter: Reporter, saves: Saves) -> bool:
         """The evaluation and the save that are due here; False if the evaluation was cut off."""
@@ -312,9 +187,6 @@ class Training:
             if not saves.has(state):
                 self._save(saves, reporter)
         return True
-
-    def _is_due(self, every: int) -> bool:
-        return is_due(self.config, self.state, every)
 
     def _evaluate(self, stopper: Stopper, reporter: Reporter) -> bool:
         """Evaluates what is due here; False if that was cut off, and then nothing of it counts."""
@@ -332,24 +204,6 @@ class Training:
                 reporter.say(evaluation_line(state.iteration, split, metrics))
         self.state = replace(state, evaluated_at=state.iteration)
         return True
-
-    def evaluate(
-        self, blend: Blend | None, split: str, stopper: Stopper | None = None
-    ) -> dict[str, float] | None:
-        """Its loss by the metrics' names, over eval_iters global batches: see `megatsp.training.evaluate`.
-
-        {} if there is no such split; None if it was cut off.
-        """
-        if blend is None:
-            return {}
-        settings = self.config.trainer
-
-        def is_cut_off() -> bool:
-            self.beat(f"a batch of {split}")
-            return stopper is not None and stopper.check(self.axes.device)
-
-        where = self.gpt, self.axes.device, blend, split, settings.eval_iters * settings.global_batch_size
-        return evaluate(*where, self.share, self.tokenizer, is_cut_off)
 
     def _log(self, interval: Interval, slow: SlowRanks, reporter: Reporter) -> None:
         settings, iteration = self.config.trainer, self.state.iteration

@@ -58,10 +58,14 @@ def good(checkpoints: Path) -> set[int]:
     return {iteration for iteration in there if not problems_of(folder_of(checkpoints, iteration))}
 
 
-def differences(run: Path, reference: Path) -> list[str]:
-    """What a run that is over has otherwise than the reference: nothing, if all went well."""
+def differences(run: Path, reference: Path, may_lack: bool = False) -> list[str]:
+    """What a run that is over has otherwise than the reference: nothing, if all went well.
+
+    may_lack: whether checkpoints but the last one may be missing; none may be damaged.
+    """
     checkpoints = run / "checkpoints"
-    found = [f"no whole checkpoint of iteration {i}" for i in SAVED if i not in good(checkpoints)]
+    must = [i for i in SAVED if i == ITERATIONS or not may_lack or folder_of(checkpoints, i).exists()]
+    found = [f"no whole checkpoint of iteration {i}" for i in must if i not in good(checkpoints)]
     latest = (checkpoints / LATEST).read_text().strip()
     found += [] if latest == str(ITERATIONS) else [f"{LATEST} says {latest}"]
     ours, theirs = numbers(run), numbers(reference)

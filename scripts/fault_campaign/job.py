@@ -136,6 +136,14 @@ def iterations(lines: list[tuple[float, str]]) -> list[tuple[float, int]]:
     return [(at, int(match[1])) for at, match in found if match]
 
 
+def recovery_s(lines: list[tuple[float, str]], struck: float) -> float:
+    """Seconds from a fault to the next iteration, of the attempt after it if there was one; 0: none came."""
+    later = [(at, line) for at, line in lines if at > struck]
+    begins = [at for at, line in later if _RESUMED.search(line) or ": new run; " in line]
+    steps = [at for at, _ in iterations(later) if not begins or at >= begins[0]]
+    return steps[0] - struck if steps and struck else 0.0
+
+
 def redone(lines: list[tuple[float, str]]) -> int:
     """The most iterations that any resumption computed again."""
     last, worst = 0, 0
@@ -144,6 +152,6 @@ def redone(lines: list[tuple[float, str]]) -> int:
             last = int(match[1])
         elif match := _RESUMED.search(line):
             worst, last = max(worst, last - int(match[1])), int(match[1])
-        elif "new run" in line:
+        elif ": new run; " in line:
             worst, last = max(worst, last), 0
     return worst

@@ -30,6 +30,7 @@ class Trial:
     good: set[int] = field(default_factory=set)  # checkpoints that were good before or after the fault
     struck: float = 0.0
     redone_limit: int = SAVE_INTERVAL
+    may_lack: bool = False  # checkpoints between the first and the last
 
     @property
     def checkpoints(self) -> Path:
@@ -111,6 +112,9 @@ def _damaged(change: Callable[[Path, random.Random], None]) -> Callable[[Trial],
         job = trial.start()
         if not job.ran_to(trial.random.randint(2 * SAVE_INTERVAL + 1, ITERATIONS), trial.limit_s):
             trial.problems.append("it ended before it could be damaged")
+        end = time.monotonic() + trial.limit_s
+        while len(good(trial.checkpoints)) < 2 and time.monotonic() < end:  # one to damage, one to go on from
+            time.sleep(0.05)
         for pid in processes(trial.folder):
             kill(pid)
         trial.end(-9, 0)
@@ -154,7 +158,11 @@ def unmount(folder: Path) -> None:
 
 
 def _held(trial: Trial, begin: Callable[[], bool], stop: Callable[[], None]) -> None:
-    """From one random iteration on nothing can be written, for a while; then the run goes on to its end."""
+    """From one random iteration on nothing can be written, for a while; then the run goes on to its end.
+
+    A checkpoint that was due meanwhile may be given up, which is said: it is not missed here.
+    """
+    trial.may_lack, trial.redone_limit = True, ITERATIONS
     job = trial.start({"rank": 0, "event": "none", "count": 1, "delay_s": 0, "action": "none"})  # but slowly
     job.ran_to(trial.random.randint(SAVE_INTERVAL + 1, ITERATIONS - 2), trial.limit_s)
     trial.good = good(trial.checkpoints)

@@ -106,7 +106,7 @@ def test_an_import_becomes_any_run_of_its_model(config):
         find_checkpoint(replace(config, model=replace(config.model, num_layers=5)))
 
 
-def test_a_run_without_a_checkpoint_is_refused(config):
+def test_a_run_without_a_checkpoint_is_refused(config, monkeypatch):
     folder = make_run(config)
     assert find_checkpoint(config) is None  # it did not come to its first log line
     (folder / "metrics.jsonl").write_text('{"iteration": 0, "val/lm loss": 5.0}\n')
@@ -114,6 +114,10 @@ def test_a_run_without_a_checkpoint_is_refused(config):
     (folder / "metrics.jsonl").write_text('{"iteration": 10}\n')
     with pytest.raises(ValueError, match="has no checkpoint to resume from: choose another name="):
         find_checkpoint(config)
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")  # it is this run that failed before it saved, and is started again
+            assert find_checkpoint(config) is None
 
 
 def test_what_is_no_run_is_refused(config):

@@ -1,4 +1,4 @@
-"""Runs that are asked to end: wherever they are, all ranks agree, and a resumed run is as if it had not been."""
+"""Runs that are asked to end: wherever they are, all ranks agree, and a resumed run shows nothing of it."""
 
 import os
 import signal
@@ -164,7 +164,7 @@ def test_the_exit_status_and_its_line_say_who_heard_what():
     stop = Stop(((), ("SIGTERM", LIMIT), ("SIGTERM",)))
     assert stop.status == REQUEUE
     assert stop.line(75) == (
-        " heard SIGTERM on ranks 1, 2; trainer.exit_duration_in_mins on rank 1: exit status 75, to be started "
-        "again"
+        " heard SIGTERM on ranks 1, 2; trainer.exit_duration_in_mins on rank 1: exit status 75, to be "
+        "started again"
     )
     assert Stop((("SIGINT",), ("SIGTERM",))).status == 0  # Ctrl-C: somebody who wants no other start
