@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatsp import __version__, launcher
 from megatsp.nearest import did_you_mean
 from megatsp.parser import Parser
+from megatsp.schema import Config
 
 if TYPE_CHECKING:
     from megatsp.training.stopping import Stopper
@@ -26,6 +27,8 @@ usage: megatsp COMMAND [arguments]
   preprocess tokenise texts to train on          megatsp preprocess --help
   data       look at what a training reads       megatsp data --help
   convert    from and to Hugging Face            megatsp convert --help
+  ckpt       look at, check, move checkpoints    megatsp ckpt --help
+  doctor     find what is wrong with machines    megatsp doctor --help
 
   --version  print the version
   --help     print this text
@@ -52,6 +55,7 @@ def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": partial(_train, "train"), "sft": partial(_train, "sft"), "generate": _generate,
         "bench": _bench, "preprocess": _preprocess, "data": _data, "convert": _convert,
+        "ckpt": _ckpt, "doctor": _doctor,
     }  # fmt: skip
     name, *rest = arguments or ["--help"]
     if name in ("--help", "-h"):
@@ -102,10 +106,24 @@ def _train_as(name: str, arguments: list[str], given: Namespace, stopper: "Stopp
             print(describe(config, world_size))
         return 0
     if stopper is None:
-        return _launch(config.launch.nproc, [name, *arguments])
+        restarts = launcher.Restarts(
+            config.launch.max_restarts, config.launch.restart_backoff_s, partial(_newest, config)
+        )
+        return _launch(config.launch.nproc, [name, *arguments], restarts)
     from megatsp.training.run import train
 
     return train(config, stopper)
+
+
+def _newest(config: Config) -> int:
+    """The iteration of a run's newest checkpoint; -1 if there is none, or none can be read."""
+    from megatsp.checkpoint.paths import LATEST
+
+    pointer = Path(config.output_dir) / config.name / "checkpoints" / LATEST
+    try:
+        return int(pointer.read_text())
+    except (OSError, ValueError):
+        return -1
 
 
 def _generate(arguments: list[str]) -> int:
@@ -177,8 +195,22 @@ def _convert(arguments: list[str]) -> int:
     return run(arguments)
 
 
-def _launch(nproc: int, arguments: list[str]) -> int:
-    return launcher.launch_local(nproc, [sys.executable, "-m", "megatsp", *arguments])
+def _ckpt(arguments: list[str]) -> int:
+    from megatsp.ckpt.command import run
+
+    if "RANK" in os.environ:
+        raise ValueError("megatsp ckpt is one process: start it without torchrun or srun")
+    return run(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from megatsp.doctor.command import run
+
+    return run(arguments)
+
+
+def _launch(nproc: int, arguments: list[str], restarts: launcher.Restarts | None = None) -> int:
+    return launcher.launch_local(nproc, [sys.executable, "-m", "megatsp", *arguments], restarts)
 
 
 def _join(environment: MutableMapping[str, str]) -> bool:

@@ -121,8 +121,12 @@ def test_a_file_that_is_no_run_is_not_replaced(folder, refused):
 def test_a_damaged_pointer_is_named(folder, refused):
     shutil.copytree(folder / "outputs" / "run", folder / "outputs" / "pointless")
     pointer = folder / "outputs" / "pointless" / "checkpoints" / "latest_checkpointed_iteration.txt"
-    pointer.write_text("9\n")
-    assert f"{pointer} says '9', but there is no such checkpoint" in refused("name=pointless")
+    for text, message in (
+        ("9\n", "iter_0000009 is not there"),
+        ("nine", f"{pointer} is missing or names no"),
+    ):
+        pointer.write_text(text)
+        assert message in refused("name=pointless", "checkpoint.strict=true")
 
 
 def test_two_ranks_that_refuse_say_it_once(folder):

@@ -90,7 +90,7 @@ def test_the_module_is_the_command():
     assert result.returncode == 2
     assert result.stderr == (
         "megatsp: error: unknown command trian; did you mean train? "
-        "(commands: train, sft, generate, bench, preprocess, data, convert)\n"
+        "(commands: train, sft, generate, bench, preprocess, data, convert, ckpt, doctor)\n"
     )
 
 
@@ -136,11 +136,23 @@ def test_alone_it_starts_the_ranks(calls):
     assert cli.main(arguments) == 2  # every name in configs/ exists in megatsp too
     arguments = ["train", "parallel.tsp=2", "launch.nproc=2"]
     assert cli.main(arguments) == 0
-    assert calls == [("launch", 2, [sys.executable, "-m", "megatsp", *arguments])]
+    ((name, nproc, command, restarts),) = calls
+    assert (name, nproc, command) == ("launch", 2, [sys.executable, "-m", "megatsp", *arguments])
+    assert (restarts.limit, restarts.backoff_s, restarts.newest()) == (3, 5.0, -1)
+
+
+def test_the_launcher_knows_the_newest_checkpoint(calls, tmp_path):
+    assert cli.main(["train", f"output_dir={tmp_path}", "name=a", "launch.max_restarts=7"]) == 0
+    restarts = calls[0][3]
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    pointer = tmp_path / "a" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    for text, iteration in (("12\n", 12), ("what", -1)):
+        pointer.write_text(text)
+        assert (restarts.limit, restarts.newest()) == (7, iteration)
 
 
 def test_the_status_of_the_ranks_is_that_of_the_command(monkeypatch):
-    monkeypatch.setattr(launcher, "launch_local", lambda nproc, command: 137)
+    monkeypatch.setattr(launcher, "launch_local", lambda nproc, command, restarts: 137)
     assert cli.main(["train"]) == 137
 
 
@@ -177,7 +189,7 @@ def test_dry_run_under_a_launcher_prints_once(calls, capsys, as_rank):
 def test_generate_starts_ranks_and_then_generates(calls, tmp_path, as_rank):
     arguments = ["generate", str(tmp_path), "--prompt", "def ", "--nproc", "2", "--temperature", "0"]
     assert cli.main(arguments) == 0
-    assert calls == [("launch", 2, [sys.executable, "-m", "megatsp", *arguments])]
+    assert calls == [("launch", 2, [sys.executable, "-m", "megatsp", *arguments], None)]
     calls.clear()
     assert as_rank(0, 2, arguments) == 0
     assert calls == [("generate", tmp_path, "last", "", "def ", 200, 0.0, 1234)]

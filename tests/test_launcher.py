@@ -1,6 +1,7 @@
-"""Local ranks end together: with success, with the failing rank's error, on Ctrl-C, or with the launcher."""
+"""Local ranks end together: with success, the failing rank's error, a signal or the launcher."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,61 +13,85 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# The arguments: how many restarts ("": of ranks that do not resume) with which pause, and what the ranks run.
+# The newest checkpoint is that of the iteration in the file `newest`.
 LAUNCHER = """
-import sys
-from megatsp.launcher import launch_local
-sys.exit(launch_local(int(sys.argv[1]), [sys.executable, *sys.argv[2:]]))
+import pathlib, sys
+from megatsp.launcher import Restarts, launch_local
+limit, pause, *command = sys.argv[1:]
+newest = pathlib.Path(command[-1], "newest")
+restarts = Restarts(int(limit), float(pause), lambda: int(newest.read_text())) if limit else None
+sys.exit(launch_local(2, [sys.executable, *command], restarts))
 """
 
-# A rank: writes its pid into the folder given, then does what MODE says.
+# A rank: writes its pid into the folder given, then does what MODE says; of several, joined by commas, what
+# the one of this attempt says.
 RANK = """
-import os, pathlib, signal, sys, time
-from megatsp.launcher import run_rank
-from megatsp.schema import Config
-from megatsp.validate import validate
+import os, pathlib, signal, subprocess, sys, time
 
-mode, folder, rank = sys.argv[1], pathlib.Path(sys.argv[2]), int(os.environ["RANK"])
+modes, folder, rank = sys.argv[1].split(","), pathlib.Path(sys.argv[2]), int(os.environ["RANK"])
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+mode = modes[attempt]
 
 def work():
     asked = []
     if mode == "graceful":
-        signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, _: asked.append(number))
+    elif mode != "wait":
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as a rank does that only notes it
+    (folder / f"attempt{attempt}rank{rank}").write_text(str(os.getpid()))
     (folder / f"ready{rank}").write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
     if mode == "success":
         return 0
+    if mode == "hangs" and rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
     while rank == 1 and mode != "graceful":
-        while not (folder / "ready0").exists():  # else rank 0 may be ended before it has written it
+        while not (folder / f"attempt{attempt}rank0").exists():  # else it may be ended before it wrote it
             time.sleep(0.01)
         if mode == "exception":
             raise RuntimeError("broken on purpose")
         if mode == "status":
             sys.exit(7)
         if mode == "mistake":
+            from megatsp.schema import Config
+            from megatsp.validate import validate
+
             validate(Config(name="a/b"), world_size=1)
         if mode == "killed":
+            child = subprocess.Popen(["sleep", "60"])
+            (folder / "child").write_text(str(child.pid))
             os.kill(os.getpid(), signal.SIGKILL)
+        if mode == "hangs":
+            (folder / "newest").write_text("3")  # but before that it saved
+            return 76
         time.sleep(0.05)
     while not asked:
         time.sleep(0.05)
     time.sleep(1)  # the step that is finished first
     (folder / f"saved{rank}").write_text(str(len(asked)))
-    return 0
+    return 0 if asked == [signal.SIGINT] else 75
 
-sys.exit(run_rank(work))
+if len(modes) > 1 and mode != "exception":  # where torch's record has nothing to do, its import has neither
+    sys.exit(work())
+from megatsp.launcher import run_rank
+
+run_rank(work)
 """
 
 
 class Job:
     """A launcher with two ranks, in a session of its own like a command on a terminal."""
 
-    def __init__(self, folder: Path, mode: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, mode: str, limit: str, pause: str, environment: dict[str, str]) -> None:
         self.folder = folder
+        (folder / "newest").write_text("0")
         script = folder / "rank.py"
         script.write_text(RANK)
         inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, "2", str(script), mode, str(folder)],
-            env={**inherited, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), **(environment or {})},
+            [sys.executable, "-c", LAUNCHER, limit, pause, str(script), mode, str(folder)],
+            env={**inherited, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), **environment},
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -88,8 +113,8 @@ class Job:
 def start(tmp_path: Path) -> Iterator[object]:
     jobs: list[Job] = []
 
-    def start_job(mode: str, **environment: str) -> Job:
-        jobs.append(Job(tmp_path, mode, environment))
+    def start_job(mode: str, limit: str = "", pause: str = "0.05", **environment: str) -> Job:
+        jobs.append(Job(tmp_path, mode, limit, pause, environment))
         return jobs[-1]
 
     yield start_job
@@ -137,14 +162,14 @@ def test_exception_shows_that_ranks_traceback_alone(start):
 
 
 def test_a_users_mistake_is_one_message(start):
-    status, text = start("mistake").end()
+    status, text = start("mistake", limit="3").end()
     assert status == 2
     assert text.startswith("megatsp: error: ") and "name='a/b'" in text
     assert text.count("megatsp: error") == 1 and "Traceback" not in text
 
 
 def test_exit_status_of_a_rank_is_named(start):
-    assert start("status").end() == (7, "megatsp: error: rank 1: exited with status 7\n")
+    assert start("status", limit="3").end() == (7, "megatsp: error: rank 1: exited with status 7\n")
 
 
 def test_killed_rank_ends_the_job_and_is_named(start):
@@ -181,6 +206,64 @@ def test_interrupt_of_ranks_that_do_not_handle_it(start):
     pids = job.wait_until_ready()
     os.kill(job.process.pid, signal.SIGINT)
     assert job.end()[0] == 130
+    assert not any(map(_alive, pids))
+
+
+def test_ranks_start_again_and_a_new_checkpoint_counts_anew(start, tmp_path):
+    job = start("killed,exception,hangs,killed,success", limit="3")
+    status, text = job.end()
+    assert status == 0, text
+    again = re.findall(
+        r"megatsp: \d\d:\d\d:\d\d: (rank 1 .*): all ranks start again in (\S+) s \(restart (\d)", text
+    )
+    assert again == [
+        ("rank 1 killed by SIGKILL", "0.05", "1"),
+        ("rank 1 failed (RuntimeError: broken on purpose)", "0.1", "2"),
+        ("rank 1 made no progress and ended itself", "0.05", "1"),
+        ("rank 1 killed by SIGKILL", "0.1", "2"),
+    ]
+    assert text.count("Traceback") == 1 and text.count("megatsp: error: rank 1: killed by SIGKILL") == 2
+    files = [*tmp_path.glob("attempt*"), tmp_path / "child"]
+    assert len(files) == 11 and not any(_alive(int(file.read_text())) for file in files)
+
+
+def test_a_preemption_lets_every_rank_save_and_asks_for_a_requeue(start, tmp_path):
+    job = start("graceful,", limit="3")
+    pids = job.wait_until_ready()
+    job.process.send_signal(signal.SIGUSR1)  # a scheduler's warning
+    time.sleep(0.2)
+    job.process.terminate()  # and its request
+    said = "".join(f"\nmegatsp: finishing this step ({name})\n" for name in ("SIGUSR1", "SIGTERM"))
+    assert job.end() == (75, said)
+    assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == ["2", "2"]
+    assert not any(map(_alive, pids))
+
+
+def test_a_second_sigterm_stops_hard(start, tmp_path):
+    job = start("graceful,", limit="3")
+    pids = job.wait_until_ready()
+    job.process.terminate()
+    time.sleep(0.3)
+    job.process.terminate()
+    status, text = job.end()
+    assert status == 143 and text.endswith("megatsp: error: stopped by SIGTERM\n")
+    assert not (tmp_path / "saved0").exists() and not any(map(_alive, pids))
+
+
+def test_a_signal_ends_the_pause(start, tmp_path):
+    job = start("killed,", limit="3", pause="200")
+    line = ""
+    while "start again in 200 s" not in line and job.process.poll() is None:
+        line = job.process.stderr.readline()
+    job.process.terminate()
+    assert job.end() == (75, "")
+
+
+def test_ranks_that_do_not_listen_yet_lose_nothing(start):
+    job = start("wait,", limit="3")
+    pids = job.wait_until_ready()
+    job.process.terminate()
+    assert job.end()[0] == 75
     assert not any(map(_alive, pids))
 
 

@@ -54,8 +54,8 @@ def find_checkpoints(config: Config, say: Callable[[str], object]) -> list[Path]
         raise ValueError(f"cannot put {error.filename} back: {error.strerror}") from error
     found = find_good(checkpoints, config.checkpoint.strict, say)
     if not found:
-        if not _has_metrics(folder):
-            return []  # it ended before its first log line: there is nothing to lose
+        if not _has_metrics(folder) or _is_restart():
+            return []  # it ended before its first log line, or is this run, which began and failed
         raise ValueError(f"{folder} holds a run that has no checkpoint to resume from: {_fix(config)}")
     check_settings(config, found[0])
     return found
@@ -159,6 +159,12 @@ def _config_of(found: Path) -> Config:
         return from_yaml((found / "config.yaml").read_text())
     except (OSError, ValueError) as error:
         raise Damaged(f"{found} is damaged: cannot read config.yaml: {error}; {FIX}") from error
+
+
+def _is_restart() -> bool:
+    """Whether a launcher or a scheduler started this run again by itself."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in names)
 
 
 def _has_metrics(folder: Path) -> bool:

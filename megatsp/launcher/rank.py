@@ -1,0 +1,57 @@
+"""What a rank owes its launcher: its error, its exit status, and an end with it."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatsp.exit_status import FAILURE, USER_ERROR
+
+LAUNCHER_PID = "MEGATSP_LAUNCHER_PID"  # in a rank's environment: the process that started it
+_PR_SET_PDEATHSIG = 1
+
+
+def run_rank(work: Callable[[], int]) -> NoReturn:
+    """Runs `work` as a rank and ends the process with the status that it returns.
+
+    An exception goes to the launcher, torch's or ours, which shows it. The process ends without the
+    interpreter's teardown: after a failure that can wait for ranks that wait for this one, and after
+    success a gloo thread that still lets go of a tensor then aborts it (seen with torch 2.13).
+    """
+    ours = _die_with_launcher()
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    try:
+        status = record(work)() or 0
+    except Exception as error:
+        if not ours:
+            raise
+        status = USER_ERROR if is_users(error) else FAILURE
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether an error says what a user did: a ValueError that our own code raised."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    kind = type(error)  # not those of libraries that are ValueErrors too
+    ours = kind is ValueError or (issubclass(kind, ValueError) and kind.__module__.startswith("megatsp."))
+    return ours and module.partition(".")[0] == "megatsp"
+
+
+def _die_with_launcher() -> bool:
+    """Asks the kernel to kill this rank when our launcher dies. False under another launcher."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    if not launcher:
+        return False
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it died before we asked
+        os._exit(1)
+    return True

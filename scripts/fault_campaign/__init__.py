@@ -1,0 +1,1 @@
+"""What scripts/faults.py does to a training run, and what must hold afterwards."""

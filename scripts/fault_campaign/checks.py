@@ -1,0 +1,74 @@
+"""What must hold after a fault: the same numbers, whole checkpoints, nothing left running."""
+
+import time
+from pathlib import Path
+
+from fault_campaign.job import ITERATIONS, SAVE_INTERVAL, processes
+from megatsp.checkpoint.manifest import read_manifest, size_problems, sum_problems
+from megatsp.checkpoint.paths import LATEST, folder_of
+from megatsp.training.logs import read_metrics
+
+SAVED = tuple(range(SAVE_INTERVAL, ITERATIONS + 1, SAVE_INTERVAL))
+_LEFT_S = 5.0  # until a killed process must be gone
+
+
+def problems_of(checkpoint: Path) -> list[str]:
+    """Why a checkpoint is not whole; [] if it is."""
+    try:
+        manifest = read_manifest(checkpoint)
+        return size_problems(checkpoint, manifest) + sum_problems(checkpoint, manifest)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+
+
+def numbers(run: Path) -> dict[str, float]:
+    """Every loss that a run's metrics hold, by name and iteration; of two the later one."""
+    entries = read_metrics(run / "metrics.jsonl")
+    names = ("lm loss", "val/lm loss", "test/lm loss")
+    return {f"{name} {e['iteration']}": e[name] for e in entries for name in names if name in e}
+
+
+def state(run: Path) -> dict[str, str]:
+    """Checksums of all weights and moments in the last checkpoint."""
+    last = folder_of(run / "checkpoints", ITERATIONS)
+    manifest = read_manifest(last)
+    return {name: manifest.files[name].xxh3_128 for name in manifest.shards}
+
+
+def left_running(folder: Path) -> list[str]:
+    """Processes of a trial that has ended."""
+    end = time.monotonic() + _LEFT_S
+    while (pids := processes(folder)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return [f"process {pid} is left" for pid in pids]
+
+
+def lost(checkpoints: Path, good: set[int]) -> list[str]:
+    """Checkpoints that were good and are not any more."""
+    return [
+        f"the good checkpoint {iteration} is lost: {problem}"
+        for iteration in sorted(good)
+        for problem in problems_of(folder_of(checkpoints, iteration))[:1]
+    ]
+
+
+def good(checkpoints: Path) -> set[int]:
+    """The iterations of whole checkpoints."""
+    there = {iteration for iteration in SAVED if folder_of(checkpoints, iteration).is_dir()}
+    return {iteration for iteration in there if not problems_of(folder_of(checkpoints, iteration))}
+
+
+def differences(run: Path, reference: Path) -> list[str]:
+    """What a run that is over has otherwise than the reference: nothing, if all went well."""
+    checkpoints = run / "checkpoints"
+    found = [f"no whole checkpoint of iteration {i}" for i in SAVED if i not in good(checkpoints)]
+    latest = (checkpoints / LATEST).read_text().strip()
+    found += [] if latest == str(ITERATIONS) else [f"{LATEST} says {latest}"]
+    ours, theirs = numbers(run), numbers(reference)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if repr(ours.get(name)) != repr(theirs.get(name)):  # NaN equals NaN
+            found.append(f"{name}: {ours.get(name)!r}, without the fault {theirs.get(name)!r}")
+    if not found and state(run) != state(reference):
+        found.append("the losses are equal, but not the bits of the last checkpoint")
+    rest = [path.name for path in checkpoints.iterdir() if path.suffix in (".tmp", ".removed")]
+    return found + [f"{name} is left among the checkpoints" for name in rest]

@@ -1,0 +1,65 @@
+"""Which failures are tried again, after which pause, and when that ends."""
+
+import re
+import signal
+
+import pytest
+
+from megatsp.launcher.failures import Failure, failures
+from megatsp.launcher.restarts import Count, Restarts
+
+KILLED = Failure(1, 137, "killed by SIGKILL", was_killed=True)
+RAISED = Failure(0, 1, "RuntimeError: broken", "Traceback ...\n")
+OTHER = Failure(0, 1, "RuntimeError: broken otherwise", "Traceback ...\n")
+
+
+class Run:
+    """A count of restarts over checkpoints that the test makes."""
+
+    def __init__(self, limit: int, backoff_s: float = 5.0) -> None:
+        self.newest = 0
+        self.count = Count(Restarts(limit, backoff_s, lambda: self.newest))
+
+    def pauses(self, *causes: Failure) -> list[float | None]:
+        return [self.count.pause_s(cause) for cause in causes]
+
+
+def test_pauses_double_up_to_a_limit(capsys):
+    assert Run(9).pauses(*[KILLED] * 10) == [5, 10, 20, 40, 80, 160, 300, 300, 300, None]
+    said = capsys.readouterr().err.splitlines()
+    line = (
+        r"megatsp: \d\d:\d\d:\d\d: rank 1 killed by SIGKILL: all ranks start again in 10 s \(restart 2 of 9 "
+    )
+    assert re.match(line, said[1])
+    assert said[-1].startswith("megatsp: not started again: 9 restarts in a row brought no new checkpoint")
+
+
+def test_a_new_checkpoint_counts_anew():
+    run = Run(2)
+    assert run.pauses(KILLED, KILLED) == [5, 10]
+    run.newest = 3
+    assert run.pauses(KILLED, KILLED, KILLED) == [5, 10, None]
+    run.newest = 2  # an older one, because the newest was damaged, is no progress
+    assert run.pauses(KILLED) == [None]
+
+
+def test_the_same_error_twice_in_a_row_is_not_tried_again(capsys):
+    assert Run(9).pauses(RAISED, OTHER, KILLED, OTHER, RAISED, RAISED) == [5, 10, 20, 40, 80, None]
+    assert "not started again: the same error twice in a row" in capsys.readouterr().err
+    run = Run(9)
+    assert run.pauses(RAISED) == [5]
+    run.newest = 1
+    assert run.pauses(RAISED) == [5]
+
+
+@pytest.mark.parametrize("status", [2, 7, 75, 77, 130])
+def test_some_statuses_are_final(status, capsys):
+    assert Run(9).pauses(Failure(0, status, "as it says")) == [None]
+    assert Run(0).pauses(KILLED) == [None]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_hang_is_tried_again(tmp_path):
+    (found,) = failures({1: 76}, tmp_path)
+    assert found.headline == "made no progress and ended itself" and found.may_pass
+    assert [f.rank for f in failures({0: 1, 2: -signal.SIGSEGV}, tmp_path)] == [2, 0]
