@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatsp.checkpoint.manifest import Damaged
 from megatsp.checkpoint.paths import folder_of, iterations
 from megatsp.ckpt.diff import diff, diff_lines
 from megatsp.ckpt.listing import inspect, inspect_lines, list_lines, list_run, shown_bytes
@@ -53,10 +52,7 @@ def run(arguments: Sequence[str]) -> int:
         given = chosen[arguments[0]].parse_intermixed_args(arguments[1:])
     else:
         given = parser.parse_args(arguments)
-    try:
-        return int(given.work(given))
-    except Damaged as error:  # as any other mistake: here the user chose the checkpoint
-        raise ValueError(str(error)) from error
+    return int(given.work(given))
 
 
 def _add_run(parser: Any, one: bool = True) -> None:

@@ -13,6 +13,7 @@ from megatsp.checkpoint.store import read_state
 from megatsp.ckpt.layout import read_config
 from megatsp.ckpt.tensors import StoredTensors
 
+_AT_ONCE = 1 << 22  # numbers, so that no copy of a large tensor is made
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
@@ -82,13 +83,24 @@ def diff(one: Path, other: Path, settings: bool = True) -> tuple[dict[str, Any],
 
 def compare(name: str, one: Tensor, other: Tensor) -> Values:
     """Bits decide what is different: NaN equals the same NaN, and 0 is not -0."""
-    kind = _INTEGERS[one.element_size()]
-    different = int((one.contiguous().view(kind) != other.contiguous().view(kind)).sum())
-    if not different:
-        return Values(name, 0, one.numel(), 0.0, 0.0)
-    apart = (one.double() - other.double()).abs().max().item()
-    largest = one.double().abs().max().item()
-    return Values(name, different, one.numel(), apart, apart / largest if largest else float("inf"))
+    different, apart, largest = 0, 0.0, 0.0
+    for mine, theirs in zip(_pieces(one), _pieces(other), strict=True):
+        kind = _INTEGERS[mine.element_size()]
+        if count := int((mine.view(kind) != theirs.view(kind)).sum()):
+            different += count
+            apart = _larger(apart, (mine.double() - theirs.double()).abs().max().item())
+        largest = _larger(largest, mine.abs().max().item())
+    relative = apart / largest if largest else float("inf")
+    return Values(name, different, one.numel(), apart, relative if different else 0.0)
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.contiguous().view(-1).split(_AT_ONCE)
+
+
+def _larger(one: float, other: float) -> float:
+    """The larger of two; NaN if one is."""
+    return one if one > other or one != one else other
 
 
 def diff_lines(found: dict[str, Any], most: int = 20) -> Iterator[str]:

@@ -61,7 +61,8 @@ def list_lines(found: dict[str, Any]) -> Iterator[str]:
             yield f"damaged: {row['damage']}"
     yield from (f"pointer {line}" for line in found["lost_pointers"])
     for left in found["leftovers"]:
-        yield f"left over: {left['folder']}, {shown_bytes(left['bytes'])}: the next save or prune removes it"
+        size = shown_bytes(left["bytes"])
+        yield f"left over: {left['folder']}, {size} of a save or removal that was cut off"
 
 
 def inspect(folder: Path, pattern: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`megatsp ckpt` on checkpoints of a real run: what it says, what it refuses, what it writes."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megatsp.checkpoint import store
 from megatsp.checkpoint.manifest import FileEntry, checksum, read_manifest, write_manifest
 from megatsp.checkpoint.paths import BEST, LATEST, folder_of
 from megatsp.checkpoint.state import RunState
+from megatsp.ckpt import diff as ckpt_diff
 from megatsp.ckpt.command import run
 from megatsp.ckpt.tensors import Box, StoredTensors
 from megatsp.cli import main
@@ -201,7 +203,7 @@ def test_ls(saved, copy, capsys):
     assert found["lost_pointers"] == ["best says 7, which is not there"]
     assert [left["bytes"] for left in found["leftovers"]] == [1500]
     text = output(capsys, "ls", copy)
-    assert "damaged: " in text and "1.5 KB: the next save or prune removes it" in text
+    assert "damaged: " in text and "1.5 KB of a save or removal that was cut off" in text
 
 
 def test_inspect(saved, capsys):
@@ -288,6 +290,17 @@ def test_diff_of_two_iterations(saved, capsys):
     assert value["relative"] == value["max_abs"] / whole[0].abs().max().item()
     text = output(capsys, "diff", one, other, status=1)
     assert "iteration: 1 -> 2" in text and "tensors differ" in text
+
+
+def test_values_are_compared_by_their_bits(monkeypatch):
+    monkeypatch.setattr(ckpt_diff, "_AT_ONCE", 2)
+    nan = float("nan")
+    one = torch.tensor([1.0, -4.0, 0.0, nan, 2.0])
+    assert ckpt_diff.compare("x", one, one.clone()) == ckpt_diff.Values("x", 0, 5, 0.0, 0.0)
+    found = ckpt_diff.compare("x", one[:3], torch.tensor([1.5, -4.0, -0.0]))
+    assert found == ckpt_diff.Values("x", 2, 3, 0.5, 0.125)
+    assert ckpt_diff.compare("x", torch.zeros(1), torch.ones(1)).relative == float("inf")
+    assert math.isnan(ckpt_diff.compare("x", torch.ones(5), one).max_abs)
 
 
 def sorted_parts(folder: Path, name: str) -> list[torch.Tensor]:
