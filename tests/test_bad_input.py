@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_documents(folder)
 
 
 def test_a_gradient_that_is_not_finite_stops_a_new_run_before_its_first_update(folder):
-    more = ["name=wild", "model.init_method_std=1e18"]
+    more = ["name=wild", "model.init_method_std=1e18", "trainer.max_bad_steps=1"]
     job = command("train", *overrides(folder / "corpus", folder / "outputs", *more))
     _, err = job.communicate(timeout=120)
     assert job.returncode == 2
