@@ -27,6 +27,8 @@ usage: megatsp COMMAND [arguments]
   preprocess tokenise texts to train on          megatsp preprocess --help
   data       look at what a training reads       megatsp data --help
   convert    from and to Hugging Face            megatsp convert --help
+  ckpt       look at, check, move checkpoints    megatsp ckpt --help
+  doctor     find what is wrong with machines    megatsp doctor --help
 
   --version  print the version
   --help     print this text
@@ -53,6 +55,7 @@ def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": partial(_train, "train"), "sft": partial(_train, "sft"), "generate": _generate,
         "bench": _bench, "preprocess": _preprocess, "data": _data, "convert": _convert,
+        "ckpt": _ckpt, "doctor": _doctor,
     }  # fmt: skip
     name, *rest = arguments or ["--help"]
     if name in ("--help", "-h"):
@@ -189,6 +192,20 @@ def _convert(arguments: list[str]) -> int:
 
     if "RANK" in os.environ:
         raise ValueError("megatsp convert is one process: start it without torchrun or srun")
+    return run(arguments)
+
+
+def _ckpt(arguments: list[str]) -> int:
+    from megatsp.ckpt.command import run
+
+    if "RANK" in os.environ:
+        raise ValueError("megatsp ckpt is one process: start it without torchrun or srun")
+    return run(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from megatsp.doctor.command import run
+
     return run(arguments)
 
 

@@ -87,6 +87,22 @@ def compose(overrides: list[str], user_dir: Path | None = None, primary: str = "
         return check_model(source, _merge(before, selected, assignments))
 
 
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with keys changed by `group.key=value`; not validated.
+
+    Raises:
+        ValueError: unreadable override, a group's choice instead of a key, an unknown key, a value of a wrong
+            type.
+    """
+    parsed = [_parse(_with_home(text)) for text in overrides]
+    choices = group_choices()
+    for text, item in zip(overrides, parsed, strict=True):
+        if _selects(item, choices, "train"):
+            raise ValueError(f"{text} chooses a group's file: give the keys themselves, group.key=value")
+    with _composition_errors("train"):
+        return _merge(config, {}, parsed)
+
+
 def primary_defaults(primary: str) -> Config:
     """What a primary file gives where nothing else is said; for sft beside the model, which no file gives."""
     with _composition_errors(primary), initialize_config_dir(str(config_dir()), version_base="1.3"):

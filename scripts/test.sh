@@ -6,4 +6,5 @@ bash scripts/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/pytest "$@"
+# Two processes share the tests, a file at a time; `-n 0` has one do them all.
+.venv/bin/pytest -n 2 --dist loadfile "$@"

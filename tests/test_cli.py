@@ -90,7 +90,7 @@ def test_the_module_is_the_command():
     assert result.returncode == 2
     assert result.stderr == (
         "megatsp: error: unknown command trian; did you mean train? "
-        "(commands: train, sft, generate, bench, preprocess, data, convert)\n"
+        "(commands: train, sft, generate, bench, preprocess, data, convert, ckpt, doctor)\n"
     )
 
 

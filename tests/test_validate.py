@@ -66,6 +66,15 @@ YARN = {"model__rotary_scaling__type": "yarn", "model__rotary_scaling__factor": 
             "logging.profile_ranks=[]: name a rank",
         ),
         ({"logging__profile_ranks": [0, 1]}, "logging.profile_ranks: 1 is none of the ranks 0 to 0"),
+        (
+            {"trainer__on_bad_steps": "rollback", "trainer__max_rollbacks": 0},
+            "trainer.max_rollbacks=0: trainer.on_bad_steps=rollback needs at least 1",
+        ),
+        (
+            {"trainer__on_spike": "skip", "trainer__spike_deviations": 0.0},
+            "trainer.on_spike=skip: nothing is a spike with spike_deviations=0",
+        ),
+        ({"checkpoint__keep_every": 5}, "checkpoint.keep_every=5: all are kept with keep_last=0"),
         ({"model__num_layers": 0}, "model.num_layers=0: must be >= 1"),
         ({"optimizer__adam_eps": 0.0}, "optimizer.adam_eps=0.0: must be > 0"),
         ({"optimizer__adam_beta2": 1.0}, "optimizer.adam_beta2=1.0: must be in [0, 1)"),

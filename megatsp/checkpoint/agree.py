@@ -39,6 +39,32 @@ def on_each(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> li
     return [result for result, _ in outcomes]
 
 
+def on_first(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What `work` returns on the first rank of the group, which alone does it, on all of them.
+
+    Raises:
+        Damaged: `work` did; with its message, on every rank.
+        ValueError: likewise.
+        RuntimeError: `work` raised anything else.
+    """
+    outcome: list[Any] = [None, None]
+    if group_rank(group) == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:  # whatever it is, the others must not wait for it
+            outcome[1] = error
+    if dist.is_initialized():
+        first = dist.get_global_rank(group, 0) if group is not None else 0
+        dist.broadcast_object_list(outcome, src=first, group=group)
+    result, failure = outcome
+    if isinstance(failure, ValueError):
+        raise (Damaged if isinstance(failure, Damaged) else ValueError)(str(failure)) from failure
+    if failure is not None:
+        raise RuntimeError(f"rank 0: {type(failure).__name__}: {failure}") from failure
+    found: T = result
+    return found
+
+
 def from_checkpoint_exception(error: CheckpointException) -> Exception:
     """What torch's distributed checkpoint raises on all ranks, which is no Exception, as one that is."""
     return combined({rank: failure for rank, (failure, _) in error.failures.items()})

@@ -30,8 +30,9 @@ _SLOWEST_DISK = timedelta(days=1)  # what ranks wait for each other: a slow one 
 class Saved:
     """A checkpoint is whole, and LATEST names it.
 
-    stall_ms: that training stood still, of the rank where it was longest. seconds: from save() until it was
-    whole. bytes: of all its files. problem: why old checkpoints were not removed or BEST not moved; "": done.
+    stall_ms: that training stood still, of the rank where it was longest; with what it waited for the save
+    before. seconds: from then until it was whole. bytes: of all its files, but the manifest. problem: why
+    old checkpoints were not removed or BEST not moved; "": done.
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class Saver:
         self._outcomes: deque[Saved | Failed] = deque()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._waited_s = 0.0
         # What this rank's training asks of the thread, where that waits between two attempts.
         self._asked, self._gives_up, self._closes = threading.Event(), False, False
 
@@ -98,8 +100,8 @@ class Saver:
         tensors: by name, as `store.named_tensors` gives them. best: the iteration that BEST names once this
         one is whole; 0: none; None: as it was. keep: further iterations that are not removed.
         """
-        since = time.perf_counter()
         self.settle()
+        since, self._waited_s = time.perf_counter() - self._waited_s, 0.0
         job = _Job(state, {}, extra, tokenizer, best, frozenset(keep), since)
         on_host = not any(tensor.is_cuda for tensor in tensors.values())
         if self._config.async_save:
@@ -114,16 +116,26 @@ class Saver:
             self._start(job, 1e3 * (time.perf_counter() - since), waits=True)
 
     def settle(self) -> None:
-        """Waits until nothing is in flight; one that fails is given up; on all ranks."""
+        """Waits until nothing is in flight; one that fails is given up; on all ranks.
+
+        The time counts as the next save's stall.
+        """
+        since = time.perf_counter()
         self._gives_up = True
         self._wait()
         self._asked.clear()
         self._gives_up = False
+        self._waited_s += time.perf_counter() - since
 
     @property
     def finished(self) -> bool:
-        """Whether this rank has something to collect."""
-        return bool(self._outcomes) or self._error is not None
+        """Whether this rank has something to collect.
+
+        Raises:
+            RuntimeError: another rank has gone.
+        """
+        self._raise()
+        return bool(self._outcomes)
 
     def collect(self) -> Saved | Failed | None:
         """What became of an attempt to write, each once, in order; None: nothing new. It does not wait.
@@ -139,14 +151,15 @@ class Saver:
         None: nothing new since `collect`, which has the older news. No save after it.
         """
         self._closes = True
+        if self._group is None:  # closed before
+            return None
         try:
             self._wait()
             return self._outcomes.pop() if self._outcomes else None
         finally:
             self._staging.close()
-            if self._group is not None:
-                dist.destroy_process_group(self._group)
-                self._group = None
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def _start(self, job: _Job, stall_ms: float, waits: bool) -> None:
         work = (job, stall_ms, waits)
@@ -206,7 +219,7 @@ class Saver:
                 self._checkpoints, job.state, tensors, job.extra, job.tokenizer, self._group
             )
             folder, num_bytes = written.folder, written.bytes
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # all ranks have one, or the next call has it too
             reason = str(error)
         seconds = time.perf_counter() - job.since
         if not reason and dist.get_rank() == 0:

@@ -69,7 +69,7 @@ class Staging:
     def __init__(self, group: ProcessGroup | None = None) -> None:
         """group: of all ranks that save; None: all there are."""
         self._group = group
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, HostPart]:
         """Copies what this rank writes; the copies of the call before are overwritten.
@@ -85,8 +85,7 @@ class Staging:
         for (name, place), size in zip(places.items(), sizes, strict=True):
             part = None
             if place.writes:
-                num_bytes = place.local.numel() * place.local.element_size()
-                flat = self._buffer[start : start + num_bytes].view(place.local.dtype)
+                flat = self._buffer[start : start + place.local.nbytes].view(place.local.dtype)
                 part = flat.view(place.local.shape).copy_(place.local, non_blocking=True)
             parts[name] = HostPart(place.local.dtype, place.shape, part, place.offsets)
             start += size
@@ -113,8 +112,6 @@ class Staging:
             torch.cuda.check_error(runtime.cudaHostRegister(self._buffer.data_ptr(), num_bytes, 0))
             self._is_pinned = True
 
-    _is_pinned = False
-
     def close(self) -> None:
         """Gives the memory back; the copies must not be used any more."""
         if self._is_pinned:
@@ -133,38 +130,32 @@ class _Place:
 
 
 def _places(tensors: Mapping[str, Tensor], group: ProcessGroup | None) -> dict[str, _Place]:
-    """Of equal parts each goes to the rank that writes least so far: all holders reckon alike."""
-    loads: defaultdict[Any, list[int]] = defaultdict(list)
-
-    def is_mine(key: Any, copies: int, mine: int, num_bytes: int) -> bool:
-        load = loads[key] = loads[key] or [0] * copies
-        writer = load.index(min(load))
-        load[writer] += num_bytes
-        return writer == mine
-
+    """Of equal parts each goes to the rank that writes least so far: all its holders reckon alike."""
+    loads: defaultdict[Any, dict[int, int]] = defaultdict(dict)  # bytes by holder, for every set of holders
     places = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
-        if not isinstance(tensor, DTensor):
-            num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-            writes = is_mine(None, num_ranks, rank, tensor.nbytes)
-            places[name] = _Place(tensor, tensor.shape, (0,) * tensor.dim(), writes)
-            continue
-        mesh, placements, local = tensor.device_mesh, tensor.placements, tensor.to_local()
-        assert not any(placement.is_partial() for placement in placements)
-        coordinate = mesh.get_coordinate()
-        if coordinate is None:  # this rank has no part in it
-            places[name] = _Place(local, tensor.shape, (0,) * tensor.dim(), writes=False)
-            continue
-        sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-        assert tuple(local.shape) == tuple(sizes)
-        dims = tuple(dim for dim, placement in enumerate(placements) if placement.is_replicate())
-        mine = 0
-        for dim in dims:
-            mine = mine * mesh.size(dim) + coordinate[dim]
-        copies = math.prod(mesh.size(dim) for dim in dims)
-        writes = is_mine((mesh, dims), copies, mine, local.nbytes) and local.numel() > 0
-        places[name] = _Place(local, tensor.shape, offsets, writes)
+        if isinstance(tensor, DTensor):
+            mesh, placements, local = tensor.device_mesh, tensor.placements, tensor.to_local()
+            assert not any(placement.is_partial() for placement in placements)
+            coordinate = mesh.get_coordinate()
+            if coordinate is None:  # this rank has no part in it
+                places[name] = _Place(local, tensor.shape, (0,) * tensor.dim(), writes=False)
+                continue
+            sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+            assert tuple(local.shape) == tuple(sizes)
+            dims = tuple(dim for dim, placement in enumerate(placements) if placement.is_replicate())
+            key: Any = (mesh, dims)
+            count, own = math.prod(mesh.size(dim) for dim in dims), 0
+            for dim in dims:
+                own = own * mesh.size(dim) + coordinate[dim]
+        else:
+            local, offsets, key = tensor, (0,) * tensor.dim(), None
+            count, own = dist.get_world_size(group), dist.get_rank(group)
+        load = loads[key]
+        writer = min(range(count), key=lambda holder: load.get(holder, 0))
+        load[writer] = load.get(writer, 0) + local.nbytes
+        places[name] = _Place(local, tensor.shape, offsets, writer == own and local.numel() > 0)
     return places
 
 

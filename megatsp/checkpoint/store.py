@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from megatsp.checkpoint.agree import from_checkpoint_exception, group_rank, on_each
+from megatsp.checkpoint.agree import from_checkpoint_exception, group_rank, on_each, on_first
 from megatsp.checkpoint.manifest import (
     FIX,
     Damaged,
@@ -111,7 +111,7 @@ def write(
         if group_rank(group) == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # no rank writes any more
         raise from_checkpoint_exception(error) from error
-    total = max(on_each(lambda: sum(sizes), group))
+    total = on_first(lambda: sum(sizes), group)
     return Written(folder, total, time.perf_counter() - since)
 
 
@@ -156,12 +156,7 @@ def load(
         ValueError: the tensors are those of another model; the version is a later one.
     """
 
-    def look() -> tuple[Manifest, RunState] | None:
-        return (check_files(folder, "sizes"), read_state(folder)) if group_rank(group) == 0 else None
-
-    found = on_each(look, group)[0]
-    assert found is not None
-    manifest, state = found
+    manifest, state = on_first(lambda: (check_files(folder, "sizes"), read_state(folder)), group)
     wanted = named_tensors(model, tensors)
     if state.iteration == 0 and not any(name in manifest.tensors for name in tensors):
         wanted = named_tensors(model, {})

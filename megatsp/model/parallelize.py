@@ -90,17 +90,23 @@ def build_model(config: Config, axes: Axes, fake: FakeTensorMode | None = None) 
             parallel.overlap=fused where that is impossible.
     """
     _check_attention(config, axes.device)
+    gpt = lay_out(config, axes)
+    with fake or nullcontext():
+        gpt.to_empty(device=axes.device)
+    if fake is None:
+        initialise(gpt, config, axes)
+    attach_streams(gpt, config, axes, fake is not None)
+    return gpt
+
+
+def lay_out(config: Config, axes: Axes) -> GPT:
+    """The GPT of `config` without data, on torch's meta device: which rank holds which part of what."""
     with torch.device("meta"):
         gpt = GPT(config.model)
         add_adapters(gpt, config.finetune)
     shard(gpt, config.parallel, axes, DTYPES[config.trainer.dtype])
     if axes.has_fsdp:
         _apply_fsdp(gpt, DTYPES[config.trainer.dtype], axes)
-    with fake or nullcontext():
-        gpt.to_empty(device=axes.device)
-    if fake is None:
-        initialise(gpt, config, axes)
-    attach_streams(gpt, config, axes, fake is not None)
     return gpt
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatsp.checkpoint import store
-from megatsp.checkpoint.agree import on_each
+from megatsp.checkpoint.agree import on_first
 from megatsp.checkpoint.manifest import Damaged, read_manifest
 from megatsp.checkpoint.state import RunState
 from megatsp.schema import Config
@@ -34,7 +34,7 @@ def find_candidates(config: Config) -> list[Path]:
     Raises:
         ValueError: on all ranks; see `find_checkpoints`.
     """
-    return on_each(lambda: find_checkpoints(config, _say) if dist.get_rank() == 0 else [])[0]
+    return on_first(lambda: find_checkpoints(config, _say))
 
 
 def load_newest(
@@ -59,8 +59,8 @@ def load_newest(
         since = time.perf_counter()
         try:
             if damage:
-                on_each(partial(check_settings, config, folder))
-                on_each(partial(check, folder))
+                on_first(partial(check_settings, config, folder))
+                on_first(partial(check, folder))
             state = store.load(folder, model, tensors, config.checkpoint.verify)
         except Damaged as error:
             if config.checkpoint.strict:
@@ -77,13 +77,9 @@ def load_newest(
                 _say(f"resumes from {folder}, the newest checkpoint that is whole")
             if changed := changed_settings(config, folder):
                 _say(changed)
-        num_bytes = on_each(partial(_bytes, folder))[0]
-        return Resumed(folder, state, seconds, num_bytes)
+        manifest = on_first(partial(read_manifest, folder))
+        return Resumed(folder, state, seconds, manifest.bytes)
     raise Damaged(f"no checkpoint is whole: {'; '.join(damage)}")
-
-
-def _bytes(folder: Path) -> int:
-    return read_manifest(folder).bytes if dist.get_rank() == 0 else 0
 
 
 def _say(line: str) -> None:

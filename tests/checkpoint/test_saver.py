@@ -163,6 +163,26 @@ def test_copies_of_any_placement_each_by_one_rank(tmp_path):
         assert torch.equal(found[name], tensor), name
 
 
+def _stage_from_gpu() -> None:
+    tensors = {
+        "matrix": torch.randn(1000, 999, device="cuda"),
+        "turned": torch.randn(3, 4, device="cuda").t(),
+    }
+    expected = {name: tensor.cpu() for name, tensor in tensors.items()}
+    staging = Staging()
+    for _ in range(2):
+        copies = staging.copy(tensors)
+        for name, tensor in expected.items():
+            part = copies[name].part
+            assert part is not None and part.is_pinned() and torch.equal(part, tensor)
+    staging.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_copies_from_a_gpu_are_pinned():
+    run_distributed(_stage_from_gpu, 1)
+
+
 def _go_on(folder: Path) -> None:
     """Trains while it saves; one is in flight, old ones go, BEST moves; then the same in the foreground."""
     monkeypatch = pytest.MonkeyPatch()
@@ -315,7 +335,7 @@ def test_a_rank_that_dies_in_the_middle_leaves_no_checkpoint(tmp_path):
 
 
 ENDING = """
-import resource, sys, time
+import resource, sys
 import torch.distributed as dist
 from pathlib import Path
 from megatsp.checkpoint.saver import Failed, Saver
@@ -324,13 +344,12 @@ sys.path.insert(0, {tests!r})
 from test_saver import news, sharded, state
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-of = Saver(Path(sys.argv[1]), CheckpointConfig(), retry_s=50)
+of = Saver(Path(sys.argv[1]), CheckpointConfig(), retry_s=10_000)
 of.save(state(1), sharded(1), {{}}, None)
 news(of, 1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
 of.save(state(2), sharded(2), {{}}, None)
 assert isinstance(news(of, 1)[0], Failed)
-print("ends at", time.time(), flush=True)
 """
 
 
@@ -342,6 +361,5 @@ def test_a_program_that_ends_without_closing_waits_for_no_retry(tmp_path):
         timeout=100, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert time.time() - float(done.stdout.split()[-1]) < 10
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]
     check(tmp_path, 1)

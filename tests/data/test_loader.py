@@ -8,7 +8,7 @@ from distributed import run_distributed
 
 from megatsp.axes import Axes
 from megatsp.data.blend import Blend
-from megatsp.data.loader import HostBatch, Loader, Share, read_batch
+from megatsp.data.loader import HostBatch, Loader, Share, next_draws, next_runs, read_batch
 from megatsp.schema import DataConfig, ParallelConfig
 
 T = 48
@@ -90,6 +90,31 @@ def test_the_sequence_of_samples_does_not_depend_on_the_ranks(folder):
     for leg, (parallel, _, _) in enumerate(LEGS):  # every token of every sample is on one rank
         rows = slice(2 * GLOBAL * leg, 2 * GLOBAL * (leg + 1))
         assert torch.equal(seen[rows], torch.ones_like(seen[rows])), parallel
+
+
+def test_places_that_are_left_out_are_jumped_over():
+    left_out = ((3, 5), (8, 9), (9, 12))
+    allowed = [place for place in range(100) if not any(a <= place < b for a, b in left_out)]
+    for cursor in (*range(14), 20):
+        for count in (1, 2, 5, 9):
+            runs = next_runs(cursor, count, left_out)
+            places = [place for start, stop in runs for place in range(start, stop)]
+            assert places == [place for place in allowed if place >= cursor][:count], (cursor, count)
+
+
+def test_a_loader_goes_on_behind_what_is_left_out_whatever_the_batch(folder):
+    source, left_out = blend(folder), ((5, 20), (31, 33))
+    expected = [draw for draw in source.draw(0, 41) if draw not in source.draw(5, 15) + source.draw(31, 2)]
+    cursor, seen = 0, []
+    for size in (12, 6, 6):  # a resumed run may have another batch size
+        share = Share(size, size, 0, 1, ((0, T),))
+        loader = Loader(source, cursor, share, DataConfig(num_workers=0), pin=False, left_out=left_out)
+        seen.append(take(loader, 1)[0])
+        _, cursor = next_draws(source, cursor, size, left_out)
+    assert cursor == 41
+    wanted = read_batch(source, expected)
+    for i in range(3):
+        assert torch.equal(torch.cat([batch[i] for batch in seen]), wanted[i])
 
 
 def test_processes_that_read_ahead_change_nothing(folder):

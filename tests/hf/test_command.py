@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from megatsp import cli
 from megatsp.checkpoint import paths, store
+from megatsp.checkpoint.manifest import check_files
 from megatsp.compose import from_yaml
 from megatsp.hf.command import parse_bytes
 from megatsp.hf.hashes import check_hashes, expected_hashes
@@ -51,6 +52,10 @@ def test_import(run, hf, capsys):
     folder = paths.latest(run / "checkpoints")
     assert folder is not None and folder.name == "iter_0000000"
     assert store.read_state(folder).iteration == 0
+    listed = check_files(folder).files.keys()
+    assert listed == {
+        p.relative_to(folder).as_posix() for p in folder.rglob("*.*") if p.name != "manifest.json"
+    }
     assert json.loads((folder / "verification.json").read_text())["passed"]
     assert store.load_tokenizer_of(folder, "").vocab_size == 100
     assert (folder / "hf" / "config.json").read_text() == (hf / "config.json").read_text()
@@ -219,8 +224,11 @@ def test_a_damaged_checkpoint(run, tmp_path, capsys):
 
     broken = Path(shutil.copytree(run, tmp_path / "broken"))
     shard = next(broken.rglob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1])
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
     assert "is damaged" in fails(capsys, "export", broken, tmp_path / "x")
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert f"{shard.name} has checksum" in fails(capsys, "export", broken, tmp_path / "x")
     shard.unlink()
     assert "is missing" in fails(capsys, "export", broken, tmp_path / "x")
 

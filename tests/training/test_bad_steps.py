@@ -75,6 +75,11 @@ def bad_at_5_to_7(training: Training) -> None:
     poison(training, *BAD)
 
 
+def bad_after_3_rollbacks(training: Training) -> None:
+    poison(training, *BAD)
+    training.state = replace(training.state, rollbacks=3)
+
+
 def never_sees_them(training: Training) -> None:
     training.state = replace(training.state, skipped_samples=(BAD,))
 
@@ -94,7 +99,7 @@ RUNS: dict[str, tuple[Callable[[Training], None], list[str]]] = {
     "rolls-back": (bad_at_5_to_7, ROLLS_BACK),
     "rolls-back-to-the-start": (bad_at_5_to_7, [*ROLLS_BACK, "checkpoint.save_interval=0"]),
     "stops": (bad_at_5_to_7, []),
-    "no-more-rollbacks": (bad_at_5_to_7, [*ROLLS_BACK, "trainer.max_rollbacks=0"]),
+    "no-more-rollbacks": (bad_after_3_rollbacks, ROLLS_BACK),
     "fails-once": (fails_once, []),
     "fails-twice": (fails_twice, []),
 }
@@ -183,7 +188,7 @@ def test_too_many_bad_steps_stop_the_run_with_its_checkpoint(runs, folder):
     assert error.startswith("iteration 7: loss nan, gradient norm nan; nothing was updated.\nDocuments of")
     assert error.endswith("the last checkpoint is of iteration 4")  # none was saved at 6
     assert (folder / "stops" / "checkpoints" / LATEST).read_text() == "4\n"
-    assert "after 0 rollbacks (trainer.max_rollbacks)" in runs["no-more-rollbacks"]["error"]
+    assert "after 3 rollbacks (trainer.max_rollbacks)" in runs["no-more-rollbacks"]["error"]
 
 
 def test_a_machine_that_fails_once_is_named_and_changes_nothing(runs, folder):

@@ -68,6 +68,29 @@ def test_a_real_one_is_explained(tmp_path):
     assert "could not be written" in without_model[-1]
 
 
+def test_a_gpu_that_is_full(tmp_path, monkeypatch):
+    """What the allocator says is added, and its recording lies beside the report."""
+    numbers = {
+        "memory_allocated": 60 << 20, "memory_reserved": 90 << 20, "mem_get_info": (5 << 20, 100 << 20),
+        "get_device_name": "MI300X", "current_device": 0,
+    }  # fmt: skip
+    for name, number in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, number=number: number)
+    dumped: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dumped.append)
+    config = replace(validate(CONFIG, 1), logging=LoggingConfig(memory_history=True))
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+    lines = explain(error, config, 1, None, None, tmp_path, 3).splitlines()
+    assert lines[0] == "out of memory on rank 3 of 1: 2.00 GiB were asked for"
+    assert [" ".join(line.split()) for line in lines[5:8]] == [
+        "60 MiB kept by autograd for the backward",
+        "30 MiB in the allocator's cache",
+        "5 MiB free of 100 MiB of MI300X",
+    ]
+    assert dumped == [str(tmp_path / "out_of_memory" / "rank_00003.pickle")]
+    assert dumped[0] in lines[-2]
+
+
 def test_other_errors_are_not_of_memory():
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))

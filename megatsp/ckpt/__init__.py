@@ -1,0 +1,1 @@
+"""`megatsp ckpt`: what can be done with checkpoints without a training, in one process."""
