@@ -139,14 +139,14 @@ def _alive(pid: int) -> bool:
 
 
 def test_success_is_silent_and_cores_are_shared(start, tmp_path):
-    job = start("success")
+    job = start("success,")
     assert job.end() == (0, "")
     threads = [(tmp_path / f"ready{rank}").read_text().split()[1] for rank in range(2)]
     assert threads == [str(max(1, len(os.sched_getaffinity(0)) // 2))] * 2
 
 
 def test_the_users_thread_count_is_kept(start, tmp_path):
-    assert start("success", OMP_NUM_THREADS="3").end()[0] == 0
+    assert start("success,", OMP_NUM_THREADS="3").end()[0] == 0
     assert (tmp_path / "ready0").read_text().split()[1] == "3"
 
 
@@ -173,7 +173,7 @@ def test_exit_status_of_a_rank_is_named(start):
 
 
 def test_killed_rank_ends_the_job_and_is_named(start):
-    job = start("killed")
+    job = start("killed,")
     pids = job.wait_until_ready()
     assert job.end() == (137, "megatsp: error: rank 1: killed by SIGKILL\n")
     assert not any(map(_alive, pids))
@@ -192,7 +192,7 @@ def test_interrupt_lets_every_rank_finish(start, tmp_path, whole_group):
 
 
 def test_second_interrupt_aborts(start, tmp_path):
-    job = start("graceful")
+    job = start("graceful,")
     pids = job.wait_until_ready()
     os.kill(job.process.pid, signal.SIGINT)
     time.sleep(0.3)
@@ -268,7 +268,7 @@ def test_ranks_that_do_not_listen_yet_lose_nothing(start):
 
 
 def test_terminated_launcher_ends_its_ranks(start):
-    job = start("wait")
+    job = start("wait,")
     pids = job.wait_until_ready()
     job.process.terminate()
     assert job.end() == (143, "megatsp: error: stopped by SIGTERM\n")

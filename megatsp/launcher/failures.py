@@ -59,10 +59,8 @@ def show(found: Sequence[Failure]) -> None:
     """Prints the cause, in full and first; of the others a line each."""
     cause, *others = found
     if cause.status == USER_ERROR:
-        text = (
-            cause.headline.partition(": ")[2] if cause.detail else cause.headline
-        )  # without the error's class
-        print(f"megatsp: error: {text}", file=sys.stderr)
+        said = cause.headline.removeprefix("ValueError: ").removeprefix("Damaged: ")
+        print(f"megatsp: error: {said}", file=sys.stderr)
         return
     print(f"megatsp: error: rank {cause.rank}: {cause.headline}\n{cause.detail}", end="", file=sys.stderr)
     for other in others:

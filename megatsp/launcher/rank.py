@@ -35,13 +35,14 @@ def run_rank(work: Callable[[], int]) -> NoReturn:
 
 
 def is_users(error: BaseException) -> bool:
-    """Whether an error says what a user did: a ValueError, or our own kind of one, of our code."""
+    """Whether an error says what a user did: a ValueError that our own code raised."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    modules = [raised_in] if type(error) is ValueError else [raised_in, type(error).__module__]
-    return isinstance(error, ValueError) and all(name.partition(".")[0] == "megatsp" for name in modules)
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    kind = type(error)  # not those of libraries that are ValueErrors too
+    ours = kind is ValueError or (issubclass(kind, ValueError) and kind.__module__.startswith("megatsp."))
+    return ours and module.partition(".")[0] == "megatsp"
 
 
 def _die_with_launcher() -> bool:

@@ -81,8 +81,8 @@ def _killed(event: str, last: int, delay_s: float) -> Callable[[Trial], None]:
 
 def _job_killed_in_save(trial: Trial) -> None:
     _strike(trial, "save", 24, "kill job", 0.05, first=14)  # not before there is a checkpoint
-    trial.end(-9)
-    trial.complete()
+    if trial.end(-9, 0):
+        trial.complete()
 
 
 def _signalled(action: str, name: str) -> Callable[[Trial], None]:
