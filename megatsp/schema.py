@@ -373,7 +373,8 @@ class LoggingConfig:
     )
     slow_rank_factor: float = key(
         1.5,
-        "name the host of a rank that computes so many times as long as the median rank; 0: none",
+        "name the host of a rank that computes so many times as long as the median one, in two log intervals "
+        "in a row; 0: none",
         within="[0, inf)",
     )
     profile_step_start: int = key(

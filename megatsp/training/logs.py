@@ -20,7 +20,7 @@ from tqdm import tqdm
 from megatsp.checkpoint.paths import replace_text
 from megatsp.schema import Config
 
-Metrics = Mapping[str, float | int | None]
+Metrics = Mapping[str, float | int | str | None]
 
 
 class Reporter:
