@@ -27,6 +27,8 @@ from megatsp.exit_status import HANG
 from megatsp.training.collectives import flight, last_posted
 from megatsp.training.ranks import from_first
 
+_STDERR = 2  # the process's own: sys.stderr may be an object without a file
+
 
 class Watchdog:
     """Ends this process if no `beat` comes for so long; a context manager, entered by all ranks together.
@@ -65,7 +67,7 @@ class Watchdog:
             started = from_first(started)
         self._hang = self._folder / "hangs" / started
         self.beat("starting")
-        faulthandler.dump_traceback_later(self._timer_s, exit=True)
+        faulthandler.dump_traceback_later(self._timer_s, exit=True, file=_STDERR)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -82,7 +84,7 @@ class Watchdog:
         while not self._ended.wait(self._tick_s):
             quiet_s = time.monotonic() - self._last[0]
             # Wound up anew as long as threads run; nothing holds Python's lock then.
-            faulthandler.dump_traceback_later(max(0.1, self._timer_s - quiet_s), exit=True)
+            faulthandler.dump_traceback_later(max(0.1, self._timer_s - quiet_s), exit=True, file=_STDERR)
             if quiet_s > self._gives_up_s or (quiet_s > self._looks_s and self._hang.is_dir()):
                 self._end()
 
@@ -91,13 +93,15 @@ class Watchdog:
         since, what = self._last
         quiet_s = time.monotonic() - since
         left_s = max(self._tick_s, self._timeout_s - quiet_s)
-        faulthandler.dump_traceback_later(left_s, exit=True)  # if torch's recorder is what is stuck
+        faulthandler.dump_traceback_later(
+            left_s, exit=True, file=_STDERR
+        )  # if torch's recorder is what is stuck
         try:
             self._dump(what, quiet_s)
             found = self._others(since + self._says_s)
         except OSError as error:  # a full disk, perhaps what it hangs for
             print(f"megatsp: cannot write {self._hang}: {error.strerror}", file=sys.stderr)
-            faulthandler.dump_traceback(all_threads=True)
+            faulthandler.dump_traceback(_STDERR)
             found = {self._rank: {"what": what, "quiet_s": quiet_s, "collectives": {}}}
         if self._rank == min(found):
             print(summary(found, self._size, self._hang), file=sys.stderr, flush=True)
