@@ -86,8 +86,11 @@ def _train(name: str, arguments: list[str]) -> int:
 
     from megatsp.training.stopping import Stopper
 
-    with Stopper() if "RANK" in os.environ else nullcontext() as stopper:  # before modules are loaded
-        return _train_as(name, arguments, given, stopper)
+    if "RANK" in os.environ:
+        with Stopper() as stopper:  # before modules are loaded
+            return _train_as(name, arguments, given, stopper)
+    with nullcontext() if given.dry_run else launcher.requeued():
+        return _train_as(name, arguments, given, None)
 
 
 def _train_as(name: str, arguments: list[str], given: Namespace, stopper: "Stopper | None") -> int:

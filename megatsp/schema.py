@@ -262,7 +262,8 @@ class TrainerConfig:
     )
     hang_timeout_s: float = key(
         900.0,
-        "a rank that gets no further for so long ends the run, with every rank's stack; 0: never",
+        "a rank that gets no further for so long ends the run, with every rank's stack; below "
+        "launch.timeout_s, or 0: never",
         "seconds",
         within="[0, inf)",
     )
@@ -397,7 +398,7 @@ class LaunchConfig:
     device: str = key(
         "auto", "where to compute; auto: a GPU if there is one", choices=("auto", "cpu", "cuda")
     )
-    timeout_s: int = key(600, "longest wait for another rank in a collective", "seconds", within="[1, inf)")
+    timeout_s: int = key(1800, "longest wait for another rank in a collective", "seconds", within="[1, inf)")
     max_restarts: int = key(
         3,
         "times in a row that local ranks are started again after one died, without a new checkpoint",

@@ -276,6 +276,11 @@ def _failure_errors(config: Config) -> Iterator[str]:
             yield f"trainer.max_rollbacks=0: trainer.{name}=rollback needs at least 1, or choose another"
     if t.on_spike != "warn" and not t.spike_deviations:
         yield f"trainer.on_spike={t.on_spike}: nothing is a spike with spike_deviations=0; give deviations"
+    if t.hang_timeout_s >= config.launch.timeout_s:
+        yield (
+            f"trainer.hang_timeout_s={t.hang_timeout_s:g}: must be below launch.timeout_s="
+            f"{config.launch.timeout_s}, or that ends a hang first, without stacks; or 0"
+        )
     if c.keep_every and not c.keep_last:
         yield f"checkpoint.keep_every={c.keep_every}: all are kept with keep_last=0; set keep_last, or 0 here"
 

@@ -2,11 +2,14 @@
 
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from megatsp.launcher.failures import Failure, failures
 from megatsp.launcher.restarts import Count, Restarts
+from megatsp.launcher.signals import Signals, restored
 
 KILLED = Failure(1, 137, "killed by SIGKILL", was_killed=True)
 RAISED = Failure(0, 1, "RuntimeError: broken", "Traceback ...\n")
@@ -63,3 +66,19 @@ def test_a_hang_is_tried_again(tmp_path):
     (found,) = failures({1: 76}, tmp_path)
     assert found.headline == "made no progress and ended itself" and found.may_pass
     assert [f.rank for f in failures({0: 1, 2: -signal.SIGSEGV}, tmp_path)] == [2, 0]
+
+
+def test_before_a_rank_is_started_a_job_can_be_put_off():
+    code = "import os, signal; from megatsp import launcher\n"
+    code += "with launcher.requeued(): os.kill(os.getpid(), signal.SIGTERM)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (75, "megatsp: SIGTERM before a rank was started\n")
+
+
+def test_what_comes_after_a_second_sigterm_does_not_soften_it():
+    killed: list[int] = []
+    with restored():
+        signals = Signals((), lambda: killed.append(1))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signals._hear(number, None)
+    assert signals.is_hard and killed

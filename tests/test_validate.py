@@ -74,6 +74,7 @@ YARN = {"model__rotary_scaling__type": "yarn", "model__rotary_scaling__factor": 
             {"trainer__on_spike": "skip", "trainer__spike_deviations": 0.0},
             "trainer.on_spike=skip: nothing is a spike with spike_deviations=0",
         ),
+        ({"launch__timeout_s": 900}, "trainer.hang_timeout_s=900: must be below launch.timeout_s=900"),
         ({"checkpoint__keep_every": 5}, "checkpoint.keep_every=5: all are kept with keep_last=0"),
         ({"model__num_layers": 0}, "model.num_layers=0: must be >= 1"),
         ({"optimizer__adam_eps": 0.0}, "optimizer.adam_eps=0.0: must be > 0"),

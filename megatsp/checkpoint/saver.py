@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -74,8 +75,15 @@ class Saver:
     backoff, which doubles, until it is whole or a newer save() takes its place.
     """
 
-    def __init__(self, checkpoints: Path, config: CheckpointConfig, retry_s: float = 5.0) -> None:
-        """retry_s: the first backoff in seconds."""
+    def __init__(
+        self,
+        checkpoints: Path,
+        config: CheckpointConfig,
+        retry_s: float = 5.0,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """retry_s: the first backoff in seconds. beat: called while a save is waited for that gets on."""
+        self._beat = beat
         self._checkpoints, self._config, self._retry_s = checkpoints, config, retry_s
         self._group: Any = dist.new_group(backend="gloo", timeout=_SLOWEST_DISK)
         self._staging = Staging(self._group)
@@ -169,10 +177,23 @@ class Saver:
     def _wait(self) -> None:
         """Until no thread of ours runs."""
         self._asked.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        written = -1
+        while self._thread is not None:
+            self._thread.join(_LOOKS_EVERY_S)
+            if not self._thread.is_alive():
+                self._thread = None
+            elif (now := self._written()) != written:  # a slow disk is no hang, a rank that stopped is one
+                written = now
+                self._beat()
         self._raise()
+
+    def _written(self) -> int:
+        """Bytes of the save in flight that its files have so far, of all ranks, as this host sees them."""
+        sizes = 0
+        for path in self._checkpoints.glob("iter_*.tmp/*"):
+            with suppress(OSError):  # renamed meanwhile
+                sizes += path.stat().st_size
+        return sizes
 
     def _raise(self) -> None:
         if self._error is not None:

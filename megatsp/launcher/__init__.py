@@ -16,5 +16,15 @@ from megatsp.exit_status import INTERRUPTED, USER_ERROR
 from megatsp.launcher.local import launch_local
 from megatsp.launcher.rank import LAUNCHER_PID, is_users, run_rank
 from megatsp.launcher.restarts import Restarts
+from megatsp.launcher.signals import requeued
 
-__all__ = ["INTERRUPTED", "LAUNCHER_PID", "USER_ERROR", "Restarts", "is_users", "launch_local", "run_rank"]
+__all__ = [
+    "INTERRUPTED",
+    "LAUNCHER_PID",
+    "USER_ERROR",
+    "Restarts",
+    "is_users",
+    "launch_local",
+    "requeued",
+    "run_rank",
+]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from megatsp.exit_status import REQUEUE
+
 STOPS = (signal.SIGINT, signal.SIGTERM)
 PASSED_ON = (*STOPS, signal.SIGUSR1)
 _ONE_S = 0.1  # within which two of a kind are one: `timeout` and some schedulers send each twice
@@ -43,7 +45,7 @@ class Signals:
         if now - self._at.get(number, -1.0) < _ONE_S:
             return
         self._at[number] = now
-        self.is_hard = number in STOPS and any(before in STOPS for before in self.heard)
+        self.is_hard |= number in STOPS and any(before in STOPS for before in self.heard)
         self.heard.append(number)
         if self.is_hard:
             self._kill()
@@ -75,6 +77,20 @@ class Signals:
             if time.monotonic() >= end:
                 return
             time.sleep(min(0.05, max(0.0, end - time.monotonic())))
+
+
+@contextmanager
+def requeued() -> Iterator[None]:
+    """Inside, until ranks are started, SIGTERM and SIGUSR1 end this process with status 75."""
+
+    def end(number: int, frame: Any) -> None:
+        os.write(2, f"megatsp: {signal.Signals(number).name} before a rank was started\n".encode())
+        os._exit(REQUEUE)
+
+    with restored():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, end)
+        yield
 
 
 @contextmanager

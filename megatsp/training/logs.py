@@ -44,13 +44,14 @@ class Reporter:
         self._active, self._total = active, config.trainer.train_iters
         self.wandb_run_id = wandb_run_id
         self._run: Any = None
+        self._unwritten, self._is_held_up = b"", False  # of metrics.jsonl, by a full disk
         if not active:
             return
         self._start_wandb(config, folder)
         self._path = folder / "metrics.jsonl"
         # A new run has logged nothing, not even of its first weights.
         _drop_after(self._path, iteration or -1, evaluates)
-        self._file = self._path.open("a", buffering=1)
+        self._file = self._path.open("ab", buffering=0)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=self._total, initial=iteration, unit="it", disable=not on_terminal)
 
@@ -84,9 +85,13 @@ class Reporter:
         """Takes out the entries after `iteration`: the run goes on from there."""
         if not self._active:
             return
+        kept = [
+            line for line in self._unwritten.splitlines(True) if json.loads(line)["iteration"] <= iteration
+        ]
+        self._unwritten = b"".join(kept)
         self._file.close()
         _drop_after(self._path, iteration)
-        self._file = self._path.open("a", buffering=1)
+        self._file = self._path.open("ab", buffering=0)
         self._bar.n = iteration
         self._bar.refresh()
 
@@ -95,9 +100,24 @@ class Reporter:
         if not self._active:
             return
         entry = {"iteration": iteration, **metrics}
-        self._file.write(json.dumps(entry) + "\n")
+        self._unwritten += json.dumps(entry).encode() + b"\n"
+        self._write()
         if self._run is not None:
             self._run.log({k: v for k, v in entry.items() if v is not None}, step=iteration)
+
+    def _write(self) -> None:
+        """Writes what is not written yet; what the disk refuses stays for the next time."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
+        except OSError as error:
+            if not self._is_held_up:
+                self.say(
+                    f" {self._path} cannot be written: {error.strerror}; its lines are kept until it can"
+                )
+            self._is_held_up = True
+            return
+        self._is_held_up = False
 
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar if there is one."""
@@ -113,6 +133,9 @@ class Reporter:
         if not self._active:
             return
         self._bar.close()
+        self._write()
+        if self._unwritten:
+            self.say(f" {self._unwritten.count(b'{')} entries of {self._path} were never written")
         self._file.close()
         if self._run is not None:
             self._run.finish()

@@ -106,7 +106,8 @@ class Training(Steps):
             stack.enter_context(closing(reporter))
             self.state = replace(state, wandb_run_id=from_first(reporter.wandb_run_id))
             self._introduce(start, reporter)
-            saves = Saves(self.folder / "checkpoints", config.checkpoint, self.state, self.base is not None)
+            has_best = self.base is not None
+            saves = Saves(self.folder / "checkpoints", config.checkpoint, self.state, has_best, self.beat)
             stack.enter_context(saves)
             where = config, self.folder, self.axes.device
             profiler = stack.enter_context(Profiler(*where, start=start, say=reporter.say))
@@ -256,8 +257,12 @@ class Training(Steps):
         if self.is_first:
             if find_checkpoints(self.config, lambda line: None) != self.candidates:
                 raise ValueError(f"another run saved into {self.folder} meanwhile: start again")
-            paths.replace_text(self.folder / "config.yaml", to_yaml(self.config))
-            if self.base is not None:
-                self.base.write_report(self.folder)
-                point_to_best(self.folder / "checkpoints", self.state)
+            try:
+                paths.replace_text(self.folder / "config.yaml", to_yaml(self.config))
+                if self.base is not None:
+                    self.base.write_report(self.folder)
+                    point_to_best(self.folder / "checkpoints", self.state)
+            except OSError as error:
+                why = f"cannot write to {self.folder}: {error.strerror}"
+                raise ValueError(f"{why}; make room there, or choose another output_dir=") from error
         dist.barrier()

@@ -1,6 +1,6 @@
 """A run's checkpoints as the loop sees them: what is in flight, what became whole, what was lost."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +20,20 @@ class Saves:
     saved_at: the iteration of the newest whole checkpoint.
     """
 
-    def __init__(self, checkpoints: Path, config: CheckpointConfig, state: RunState, has_best: bool) -> None:
-        """state: that the run goes on from. has_best: whether BEST names the lowest validation loss."""
+    def __init__(
+        self,
+        checkpoints: Path,
+        config: CheckpointConfig,
+        state: RunState,
+        has_best: bool,
+        beat: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        """state: that the run goes on from. has_best: whether BEST names the lowest validation loss.
+
+        beat: the watchdog's.
+        """
         self.saved_at = state.iteration
-        self._saver = Saver(checkpoints, config)
+        self._saver = Saver(checkpoints, config, beat=lambda: beat("waiting for a save"))
         self._has_best, self._closed = has_best, False
         self._given = _key(state)
         # What the newest whole checkpoint knows as the best one, and what is in flight does.

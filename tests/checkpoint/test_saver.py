@@ -363,3 +363,24 @@ def test_a_program_that_ends_without_closing_waits_for_no_retry(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]
     check(tmp_path, 1)
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_waiting_for_a_save_is_progress_while_its_files_grow(tmp_path, grows):
+    beats: list[None] = []
+    saver = Saver.__new__(Saver)  # what waits needs no group
+    saver._checkpoints, saver._asked, saver._error = tmp_path, threading.Event(), None
+    saver._beat = lambda: beats.append(None)
+    (tmp_path / "iter_0000001.tmp").mkdir()
+
+    def write() -> None:
+        with (tmp_path / "iter_0000001.tmp" / "shard").open("ab", buffering=0) as file:
+            while len(beats) < 3 if grows else not stopped.wait(1):
+                file.write(b"x" if grows else b"")
+
+    stopped = threading.Event()
+    saver._thread = threading.Thread(target=write)
+    saver._thread.start()
+    threading.Timer(1.5, stopped.set).start()
+    saver._wait()
+    assert len(beats) >= 3 if grows else len(beats) == 1  # when it began to look

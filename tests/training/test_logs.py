@@ -118,3 +118,17 @@ def test_console_lines():
         == " test loss at iteration 9 | lm loss: 2.500000E+00"
     )
     assert "no token of its samples is trained" in evaluation_line(10, "val", {})
+
+
+def test_a_full_disk_loses_no_line_and_stops_nothing(tmp_path, capsys):
+    reporter = Reporter(CONFIG, tmp_path, 0, "", active=True)
+    file = reporter._file
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        reporter._file = full  # type: ignore[assignment]
+        reporter.log(1, {"lm loss": 3.0})
+        reporter.log(2, {"lm loss": 2.0})
+    reporter._file = file
+    reporter.log(3, {"lm loss": 1.0})
+    reporter.close()
+    assert [entry["iteration"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written: No space left on device") == 1

@@ -16,7 +16,7 @@ from megatsp.training.saving import Saves
 class FakeSaver:
     """Gives what a test says it found."""
 
-    def __init__(self, checkpoints: Any, config: Any) -> None:
+    def __init__(self, checkpoints: Any, config: Any, beat: Any) -> None:
         self.outcomes: deque[Saved | Failed] = deque()
         self.given: list[tuple[int, int | None]] = []
 
