@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import relist
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from megatsp.checkpoint.manifest import MANIFEST, Damaged, check_files, check_folder, read_manifest, sealed
 from megatsp.checkpoint.paths import LATEST, folder_of
 from megatsp.checkpoint.state import RunState, state_from_json, state_to_json
+from megatsp.checkpoint.storage import PLACES, are_disjoint
 from megatsp.checkpoint.store import load, read_state, write
 from megatsp.compose import from_yaml, to_yaml
 from megatsp.data.tokenizer import ByteTokenizer
@@ -154,6 +157,51 @@ def test_parts_make_the_tensors_of_the_manifest(copy, change):
     edit(copy, lambda manifest: manifest["tensors"].pop(MOMENT))
     with pytest.raises(Damaged, match=f"{MOMENT} is not in the manifest"):
         load(copy, model(), {})
+
+
+@pytest.mark.parametrize(
+    ("boxes", "disjoint"),
+    [
+        ([], True),
+        ([((), ()), ((), ())], False),
+        ([((0,), (2,)), ((2,), (3,))], True),
+        ([((2,), (3,)), ((0,), (3,))], False),
+        ([((0,), (9,)), ((1,), (1,)), ((5,), (1,))], False),
+        ([((1,), (0,)), ((0,), (3,))], True),  # an empty one
+        ([((0, 0), (2, 3)), ((0, 3), (2, 1)), ((2, 0), (1, 4))], True),
+        ([((0, 0), (2, 3)), ((0, 2), (2, 2)), ((2, 0), (1, 4))], False),
+        ([((0, 0), (3, 1)), ((1, 1), (1, 1)), ((2, 0), (1, 2))], False),
+        ([((i, 0), (1, 4)) for i in range(5000)], True),
+        ([((0, i), (4, 1)) for i in range(5000)] + [((3, 17), (1, 1))], False),
+    ],
+)
+def test_boxes_that_overlap_are_found(boxes, disjoint):
+    assert are_disjoint(boxes) == disjoint == are_disjoint(boxes[::-1])
+
+
+def test_parts_that_overlap_are_refused(copy):
+    """Two files of halves of a tensor, the second of which says that it begins a row earlier."""
+    (copy / SHARD).unlink()
+    for i, rows, at in ((1, 3, 0), (2, 2, 3)):
+        places = {MOMENT: {"saved_offsets": [at, 0]}}
+        parts = {MOMENT: torch.ones(rows, 3)} | (
+            {} if i > 1 else tensors(model()) | {MOMENT: torch.ones(3, 3)}
+        )
+        places |= {name: {"saved_offsets": [0, 0]} for name in parts if name != MOMENT}
+        save_file(parts, copy / f"shard-{i:05d}-of-00002.safetensors", {PLACES: json.dumps(places)})
+    load(relist(copy), model(), {MOMENT: torch.zeros(5, 3)})
+    # As many elements in all, at different places, inside of the tensor: rows 2 and 3, then a hole.
+    replace_in_bytes(copy / "shard-00002-of-00002.safetensors", b"[3, 0]", b"[2, 0]")
+    relist(copy)
+    edit(copy, lambda manifest: manifest["tensors"][MOMENT].update(shape=[5, 3]))
+    check_files(copy)
+    with pytest.raises(Damaged, match=f"{MOMENT}, .* is not made by its 2 parts"):
+        load(copy, model(), {MOMENT: torch.zeros(5, 3)})
+
+
+def replace_in_bytes(path: Path, before: bytes, after: bytes) -> None:
+    assert path.read_bytes().count(before) == 1
+    path.write_bytes(path.read_bytes().replace(before, after))
 
 
 def test_another_type_is_named(whole):
