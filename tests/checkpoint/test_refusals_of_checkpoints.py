@@ -14,10 +14,11 @@ from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from megatsp.checkpoint.manifest import MANIFEST, Damaged, check_files, check_folder, read_manifest, sealed
-from megatsp.checkpoint.paths import LATEST, folder_of
+from megatsp.checkpoint.paths import LATEST, chosen, folder_of, latest, read_pointer
 from megatsp.checkpoint.state import RunState, state_from_json, state_to_json
 from megatsp.checkpoint.storage import PLACES, are_disjoint
 from megatsp.checkpoint.store import load, read_state, write
+from megatsp.ckpt.verify import verify
 from megatsp.compose import from_yaml, to_yaml
 from megatsp.data.tokenizer import ByteTokenizer
 from megatsp.hf.kept import stored_files
@@ -255,6 +256,51 @@ def test_a_strange_state_is_refused(copy, text):
     (copy / "state.json").write_text(text)
     with pytest.raises(Damaged, match="cannot read state.json"):
         read_state(copy)
+
+
+@pytest.mark.parametrize(
+    "value", [[["a", 1]], [[1, 2], [1, 3]], [[2, 2]], [[5]], -5, 10**40, ["x"], True, None]
+)
+@pytest.mark.parametrize("name", vars(RunState()))
+def test_a_value_of_no_state_is_named(copy, name, value):
+    if type(getattr(RunState(), name)) is float and value == -5:
+        value = "-5"  # a loss may be below 0
+    (copy / "state.json").write_text(json.dumps({"iteration": 3, name: value}))
+    with pytest.raises(Damaged, match=f"cannot read state.json: {name}: expected .*, found "):
+        read_state(copy)
+
+
+def test_a_state_of_another_iteration_is_refused(copy, tmp_path):
+    replace_in(copy / "state.json", '"iteration": 3', '"iteration": 6')
+    relist(copy)
+    for look in (read_state, lambda folder: load(folder, model(), {MOMENT: torch.zeros(5, 3)})):
+        with pytest.raises(Damaged, match="its state.json is of iteration 6, its name of 3"):
+            look(copy)
+    assert "is of iteration 6" in verify(copy, False, print)[0]
+    assert read_state(copy.rename(tmp_path / "kept")).iteration == 6  # a name that says nothing
+
+
+@pytest.mark.parametrize(
+    ("content", "iteration"),
+    [
+        (b"12\n", 12), (b"000000000012", 12), (b"\xff\xfe", None), ("\u00b2".encode(), None), (b"-1", None),
+        (b"1_0", None), (b"1" * 13, None), (b"9" * 5000, None), (b"", None), (b"release", None),
+    ],
+)  # fmt: skip
+def test_a_pointer_names_an_iteration_or_nothing(tmp_path, content, iteration):
+    (tmp_path / LATEST).write_bytes(content)
+    assert read_pointer(tmp_path / LATEST) == iteration
+    assert read_pointer(tmp_path / "none") is read_pointer(tmp_path) is None
+    with pytest.raises(ValueError, match="there is no such checkpoint beside it") as caught:
+        latest(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("which", ["9" * 5000, "\u00b2", "\u0663", "4"])
+def test_a_checkpoint_that_is_not_there_is_named(copy, which):
+    assert chosen(copy.parent, "3") == copy
+    with pytest.raises(ValueError, match=f"has no checkpoint {which[:24]}.*there: iter_0000003"):
+        chosen(copy.parent, which)
 
 
 def test_a_configuration_builds_and_resolves_nothing(tmp_path, monkeypatch):
