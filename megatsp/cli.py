@@ -120,13 +120,10 @@ def _train_as(name: str, arguments: list[str], given: Namespace, stopper: "Stopp
 
 def _newest(config: Config) -> int:
     """The iteration of a run's newest checkpoint; -1 if there is none, or none can be read."""
-    from megatsp.checkpoint.paths import LATEST
+    from megatsp.checkpoint.paths import LATEST, read_pointer
 
-    pointer = Path(config.output_dir) / config.name / "checkpoints" / LATEST
-    try:
-        return int(pointer.read_text())
-    except (OSError, ValueError):
-        return -1
+    iteration = read_pointer(Path(config.output_dir) / config.name / "checkpoints" / LATEST)
+    return -1 if iteration is None else iteration
 
 
 def _generate(arguments: list[str]) -> int:

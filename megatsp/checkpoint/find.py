@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatsp.checkpoint.manifest import Damaged, check_folder
-from megatsp.checkpoint.paths import LATEST, folder_of, iterations
+from megatsp.checkpoint.paths import LATEST, folder_of, iterations, read_pointer
 
 
 def find_good(checkpoints: Path, strict: bool, say: Callable[[str], object]) -> list[Path]:
@@ -19,7 +19,7 @@ def find_good(checkpoints: Path, strict: bool, say: Callable[[str], object]) -> 
         ValueError: a checkpoint is of a later version, or lists files outside its folder.
     """
     there = iterations(checkpoints)
-    newest = _pointer(checkpoints)
+    newest = read_pointer(checkpoints / LATEST)
     if newest is None and there:
         trouble = f"{checkpoints / LATEST} is missing or names no checkpoint"
         if strict:
@@ -50,12 +50,3 @@ def find_good(checkpoints: Path, strict: bool, say: Callable[[str], object]) -> 
     for line in bad:
         say(f"passed over: {line}")
     return good
-
-
-def _pointer(checkpoints: Path) -> int | None:
-    """The iteration that the pointer names; None if it cannot be read."""
-    try:
-        text = (checkpoints / LATEST).read_text().strip()
-    except (OSError, ValueError):
-        return None
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None

@@ -8,6 +8,7 @@ TOKENIZER = "tokenizer"  # the folder in a checkpoint
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
 _ASIDE = ".old"  # of a checkpoint that another of its iteration replaces
+_MOST_DIGITS = 12  # of an iteration that a pointer or a user names
 
 
 def folder_of(checkpoints: Path, iteration: int) -> Path:
@@ -19,6 +20,19 @@ def iterations(checkpoints: Path) -> list[int]:
     names = [path.name.removeprefix("iter_") for path in checkpoints.glob("iter_*")]
     numbers = {int(name) for name in names if name.isascii() and name.isdigit()}
     return sorted((n for n in numbers if folder_of(checkpoints, n).is_dir()), reverse=True)
+
+
+def parse_iteration(text: str) -> int | None:
+    """A plain decimal number of at most 12 ASCII digits; None if the text is anything else."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else None
+
+
+def read_pointer(pointer: Path) -> int | None:
+    """The iteration that a pointer file names; None if it is missing, not readable or says anything else."""
+    try:
+        return parse_iteration(pointer.read_text(errors="replace").strip())
+    except OSError:
+        return None
 
 
 def install(temporary: Path, folder: Path, iteration: int) -> None:
@@ -84,9 +98,11 @@ def chosen(checkpoints: Path, which: str) -> Path:
         ValueError: there is no such checkpoint.
     """
     folder = latest(checkpoints) if which == "last" else best(checkpoints) if which == "best" else None
-    if which.isdecimal() and (folder_of(checkpoints, int(which)) / "state.json").exists():
-        folder = folder_of(checkpoints, int(which))
+    iteration = parse_iteration(which)
+    if iteration is not None and (folder_of(checkpoints, iteration) / "state.json").exists():
+        folder = folder_of(checkpoints, iteration)
     if folder is None:
+        which = which if len(which) <= 2 * _MOST_DIGITS else which[: 2 * _MOST_DIGITS] + "..."
         there = ", ".join(sorted(path.name for path in checkpoints.glob("iter_*"))) or "none"
         why = ": only `megatsp sft` with validation data keeps one" if which == "best" else ""
         raise ValueError(f"{checkpoints} has no checkpoint {which}{why} (there: {there})")
@@ -97,9 +113,10 @@ def _pointed_to(pointer: Path) -> Path | None:
     checkpoints = pointer.parent
     if not pointer.exists():
         return None
-    text = pointer.read_text().strip()
-    folder = folder_of(checkpoints, int(text)) if text.isdigit() else None
+    iteration = read_pointer(pointer)
+    folder = None if iteration is None else folder_of(checkpoints, iteration)
     if folder is None or not (folder / "state.json").exists():
+        text = pointer.read_text(errors="replace").strip()[:40]
         raise ValueError(
             f"{pointer} says {text!r}, but there is no such checkpoint beside it: write the number of one "
             f"that exists into it ({', '.join(sorted(p.name for p in checkpoints.glob('iter_*'))) or 'none'})"

@@ -2,11 +2,10 @@
 
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from megatsp.checkpoint.manifest import read_manifest, size_problems
-from megatsp.checkpoint.paths import BEST, LATEST, folder_of, iterations, sync
+from megatsp.checkpoint.paths import BEST, LATEST, folder_of, iterations, read_pointer, sync
 
 _REMOVED = ".removed"  # the end of the name of a checkpoint that is half removed
 
@@ -29,7 +28,7 @@ def retain(
         for rest in checkpoints.glob("iter_*" + _REMOVED):
             shutil.rmtree(rest)
     old = list(_old(checkpoints, keep_last)) if keep_last > 0 else []
-    kept = {*keep, _named_by(checkpoints / LATEST), _named_by(checkpoints / BEST)}
+    kept = {*keep, read_pointer(checkpoints / LATEST), read_pointer(checkpoints / BEST)}
     removed = [
         folder_of(checkpoints, iteration)
         for iteration in reversed(old)
@@ -51,7 +50,7 @@ def is_good(folder: Path) -> bool:
 
 def _old(checkpoints: Path, keep_last: int) -> Iterator[int]:
     """Iterations below the newest `keep_last` good ones that are not newer than LATEST, falling."""
-    latest = _named_by(checkpoints / LATEST)
+    latest = read_pointer(checkpoints / LATEST)
     num_good = 0
     for iteration in iterations(checkpoints):
         if latest is not None and iteration > latest:
@@ -60,12 +59,6 @@ def _old(checkpoints: Path, keep_last: int) -> Iterator[int]:
             yield iteration
         elif is_good(folder_of(checkpoints, iteration)):
             num_good += 1
-
-
-def _named_by(pointer: Path) -> int | None:
-    with suppress(FileNotFoundError, ValueError):
-        return int(pointer.read_text())
-    return None
 
 
 def _remove(folder: Path) -> None:

@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_END = 2**62  # of counts: with room to add in 64 bits
+
 
 @dataclass(frozen=True)
 class RunState:
@@ -51,21 +53,56 @@ def state_from_json(text: str) -> RunState:
     """The state that `state_to_json` wrote; its lists are tuples again.
 
     Raises:
-        ValueError: no JSON, an unknown key, a value of a wrong type.
+        ValueError: no JSON, an unknown key, a value of a wrong type or out of its range.
     """
     content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError("it is no JSON object")
     known = asdict(RunState())
-    values = {name: _tuples(value) for name, value in content.items()}
-    for name, value in values.items():
+    values = {}
+    for name, value in content.items():
         if name not in known:
-            raise ValueError(f"unknown key {name}")
-        kind = type(known[name])
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{name}: expected {kind.__name__}, found {value!r}")
+            raise ValueError(f"unknown key {name:.40}")
+        values[name] = _checked(name, value, known[name])
     return RunState(**values)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """A field's value of JSON, its lists as tuples; default: of the field, whose type it has to have."""
+    if name == "skipped_samples":
+        allowed = "ascending [start, stop) of whole numbers that do not overlap"
+        fits = isinstance(value, list) and _are_ranges(value)
+        found: Any = tuple(tuple(pair) for pair in value) if fits else ()
+    elif name == "recent_losses":
+        allowed = "a list of numbers"
+        fits = isinstance(value, list) and all(_is_number(loss) for loss in value)
+        found = tuple(value) if fits else ()
+    elif isinstance(default, str):
+        allowed, fits, found = "a text", isinstance(value, str), value
+    elif isinstance(default, float):
+        allowed, fits, found = "a number", _is_number(value), value
+    else:
+        allowed, fits, found = "a whole number from 0 to below 2**62", _is_count(value), value
+    if not fits:
+        raise ValueError(f"{name}: expected {allowed}, found {json.dumps(value):.80}")
+    return found
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _END
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < _END)
+
+
+def _are_ranges(pairs: list[Any]) -> bool:
+    last = 0
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(_is_count(place) for place in pair)):
+            return False
+        start, stop = pair
+        if not last <= start < stop:
+            return False
+        last = stop
+    return True

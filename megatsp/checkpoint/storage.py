@@ -8,7 +8,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -253,15 +253,43 @@ def check_parts(folder: Path, manifest: Manifest, parts: Mapping[str, Iterable[P
 
 
 def _fills(tensor: TensorEntry, parts: list[Part]) -> bool:
-    """Whether parts at different places, of its type, lie in a tensor and have as many elements."""
+    """Whether parts of its type lie in a tensor, do not overlap and have as many elements: they make it."""
     for part in parts:
         ends = [offset + length for offset, length in zip(part.offsets, part.entry.shape, strict=True)]
         if part.entry.dtype != tensor.dtype or tensor.dtype not in DTYPES or len(ends) != len(tensor.shape):
             return False
         if any(end > length for end, length in zip(ends, tensor.shape, strict=True)):
             return False
-    distinct = len({part.offsets for part in parts}) == len(parts)
-    return distinct and sum(math.prod(part.entry.shape) for part in parts) == math.prod(tensor.shape)
+    # Two that begin at one place cannot both be asked for, even if one of them is empty.
+    if len({part.offsets for part in parts}) < len(parts):
+        return False
+    if sum(math.prod(part.entry.shape) for part in parts) != math.prod(tensor.shape):
+        return False
+    return are_disjoint([(part.offsets, part.entry.shape) for part in parts])
+
+
+def are_disjoint(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
+    """Whether no two boxes, each its offsets and its lengths, share an element.
+
+    It sweeps along the dimension of the most distinct offsets: n slices of it cost what sorting them costs.
+    """
+    boxes = [(offsets, lengths) for offsets, lengths in boxes if math.prod(lengths) > 0]
+    if len(boxes) < 2:
+        return True
+    if not boxes[0][0]:
+        return False  # numbers without a dimension are one element
+    dim = max(range(len(boxes[0][0])), key=lambda d: len({offsets[d] for offsets, _ in boxes}))
+    open_ones: list[tuple[Sequence[int], Sequence[int]]] = []  # that reach to where the sweep is
+    for offsets, lengths in sorted(boxes, key=lambda box: box[0][dim]):
+        open_ones = [box for box in open_ones if box[0][dim] + box[1][dim] > offsets[dim]]
+        if any(_overlap(box, (offsets, lengths)) for box in open_ones):
+            return False
+        open_ones.append((offsets, lengths))
+    return True
+
+
+def _overlap(one: tuple[Sequence[int], Sequence[int]], other: tuple[Sequence[int], Sequence[int]]) -> bool:
+    return all(a < b + m and b < a + n for a, n, b, m in zip(*one, *other, strict=True))
 
 
 def _metadata_of(tensor: TensorEntry, parts: list[Part]) -> TensorStorageMetadata:

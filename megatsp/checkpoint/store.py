@@ -42,7 +42,7 @@ from megatsp.checkpoint.manifest import (
     sum_problems,
     write_manifest,
 )
-from megatsp.checkpoint.paths import TOKENIZER, folder_of, install, recover, sync
+from megatsp.checkpoint.paths import TOKENIZER, folder_of, install, parse_iteration, recover, sync
 from megatsp.checkpoint.state import RunState, state_from_json, state_to_json
 from megatsp.checkpoint.storage import ShardReader, ShardWriter, find_parts, os_reason
 from megatsp.data.tokenizer import Tokenizer, load_tokenizer
@@ -219,12 +219,19 @@ def read_state(folder: Path) -> RunState:
     """The checkpoint's state; its files may not be whole: see `check_files`.
 
     Raises:
-        Damaged: state.json cannot be read.
+        Damaged: state.json cannot be read, or is of another iteration than the folder's name.
     """
     try:
-        return state_from_json((folder / "state.json").read_text())
+        state = state_from_json((folder / "state.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{folder} is damaged: cannot read state.json: {error}; {FIX}") from error
+    named = parse_iteration(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else None
+    if named is not None and named != state.iteration:
+        raise Damaged(
+            f"{folder} is damaged: its state.json is of iteration {state.iteration}, its name of {named}; "
+            f"{FIX}"
+        )
+    return state
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatsp.checkpoint.find import check_folder
 from megatsp.checkpoint.manifest import MANIFEST, read_manifest
-from megatsp.checkpoint.paths import BEST, LATEST, folder_of, iterations
+from megatsp.checkpoint.paths import BEST, LATEST, folder_of, iterations, read_pointer
 from megatsp.checkpoint.store import OPTIMIZER, read_state
 from megatsp.ckpt.layout import read_config
 from megatsp.compose import to_yaml
@@ -145,5 +145,5 @@ def _pointed_to(pointer: Path) -> int | None:
     """The iteration in a pointer; -1 if it says anything else, None if there is no pointer."""
     if not pointer.exists():
         return None
-    text = pointer.read_text(errors="replace").strip()
-    return int(text) if text.isascii() and text.isdigit() else -1
+    iteration = read_pointer(pointer)
+    return -1 if iteration is None else iteration

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import relist
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from megatsp.checkpoint.manifest import MANIFEST, Damaged, check_files, check_folder, read_manifest, sealed
-from megatsp.checkpoint.paths import LATEST, folder_of
+from megatsp.checkpoint.paths import LATEST, chosen, folder_of, latest, read_pointer
 from megatsp.checkpoint.state import RunState, state_from_json, state_to_json
+from megatsp.checkpoint.storage import PLACES, are_disjoint
 from megatsp.checkpoint.store import load, read_state, write
+from megatsp.ckpt.verify import verify
 from megatsp.compose import from_yaml, to_yaml
 from megatsp.data.tokenizer import ByteTokenizer
 from megatsp.hf.kept import stored_files
@@ -156,6 +160,51 @@ def test_parts_make_the_tensors_of_the_manifest(copy, change):
         load(copy, model(), {})
 
 
+@pytest.mark.parametrize(
+    ("boxes", "disjoint"),
+    [
+        ([], True),
+        ([((), ()), ((), ())], False),
+        ([((0,), (2,)), ((2,), (3,))], True),
+        ([((2,), (3,)), ((0,), (3,))], False),
+        ([((0,), (9,)), ((1,), (1,)), ((5,), (1,))], False),
+        ([((1,), (0,)), ((0,), (3,))], True),  # an empty one
+        ([((0, 0), (2, 3)), ((0, 3), (2, 1)), ((2, 0), (1, 4))], True),
+        ([((0, 0), (2, 3)), ((0, 2), (2, 2)), ((2, 0), (1, 4))], False),
+        ([((0, 0), (3, 1)), ((1, 1), (1, 1)), ((2, 0), (1, 2))], False),
+        ([((i, 0), (1, 4)) for i in range(5000)], True),
+        ([((0, i), (4, 1)) for i in range(5000)] + [((3, 17), (1, 1))], False),
+    ],
+)
+def test_boxes_that_overlap_are_found(boxes, disjoint):
+    assert are_disjoint(boxes) == disjoint == are_disjoint(boxes[::-1])
+
+
+def test_parts_that_overlap_are_refused(copy):
+    """Two files of halves of a tensor, the second of which says that it begins a row earlier."""
+    (copy / SHARD).unlink()
+    for i, rows, at in ((1, 3, 0), (2, 2, 3)):
+        places = {MOMENT: {"saved_offsets": [at, 0]}}
+        parts = {MOMENT: torch.ones(rows, 3)} | (
+            {} if i > 1 else tensors(model()) | {MOMENT: torch.ones(3, 3)}
+        )
+        places |= {name: {"saved_offsets": [0, 0]} for name in parts if name != MOMENT}
+        save_file(parts, copy / f"shard-{i:05d}-of-00002.safetensors", {PLACES: json.dumps(places)})
+    load(relist(copy), model(), {MOMENT: torch.zeros(5, 3)})
+    # As many elements in all, at different places, inside of the tensor: rows 2 and 3, then a hole.
+    replace_in_bytes(copy / "shard-00002-of-00002.safetensors", b"[3, 0]", b"[2, 0]")
+    relist(copy)
+    edit(copy, lambda manifest: manifest["tensors"][MOMENT].update(shape=[5, 3]))
+    check_files(copy)
+    with pytest.raises(Damaged, match=f"{MOMENT}, .* is not made by its 2 parts"):
+        load(copy, model(), {MOMENT: torch.zeros(5, 3)})
+
+
+def replace_in_bytes(path: Path, before: bytes, after: bytes) -> None:
+    assert path.read_bytes().count(before) == 1
+    path.write_bytes(path.read_bytes().replace(before, after))
+
+
 def test_another_type_is_named(whole):
     with pytest.raises(ValueError, match=f"{MOMENT}: wanted BF16, found F32"):
         load(whole, model(), {MOMENT: torch.zeros(5, 3, dtype=torch.bfloat16)})
@@ -207,6 +256,51 @@ def test_a_strange_state_is_refused(copy, text):
     (copy / "state.json").write_text(text)
     with pytest.raises(Damaged, match="cannot read state.json"):
         read_state(copy)
+
+
+@pytest.mark.parametrize(
+    "value", [[["a", 1]], [[1, 2], [1, 3]], [[2, 2]], [[5]], -5, 10**40, ["x"], True, None]
+)
+@pytest.mark.parametrize("name", vars(RunState()))
+def test_a_value_of_no_state_is_named(copy, name, value):
+    if type(getattr(RunState(), name)) is float and value == -5:
+        value = "-5"  # a loss may be below 0
+    (copy / "state.json").write_text(json.dumps({"iteration": 3, name: value}))
+    with pytest.raises(Damaged, match=f"cannot read state.json: {name}: expected .*, found "):
+        read_state(copy)
+
+
+def test_a_state_of_another_iteration_is_refused(copy, tmp_path):
+    replace_in(copy / "state.json", '"iteration": 3', '"iteration": 6')
+    relist(copy)
+    for look in (read_state, lambda folder: load(folder, model(), {MOMENT: torch.zeros(5, 3)})):
+        with pytest.raises(Damaged, match="its state.json is of iteration 6, its name of 3"):
+            look(copy)
+    assert "is of iteration 6" in verify(copy, False, print)[0]
+    assert read_state(copy.rename(tmp_path / "kept")).iteration == 6  # a name that says nothing
+
+
+@pytest.mark.parametrize(
+    ("content", "iteration"),
+    [
+        (b"12\n", 12), (b"000000000012", 12), (b"\xff\xfe", None), ("\u00b2".encode(), None), (b"-1", None),
+        (b"1_0", None), (b"1" * 13, None), (b"9" * 5000, None), (b"", None), (b"release", None),
+    ],
+)  # fmt: skip
+def test_a_pointer_names_an_iteration_or_nothing(tmp_path, content, iteration):
+    (tmp_path / LATEST).write_bytes(content)
+    assert read_pointer(tmp_path / LATEST) == iteration
+    assert read_pointer(tmp_path / "none") is read_pointer(tmp_path) is None
+    with pytest.raises(ValueError, match="there is no such checkpoint beside it") as caught:
+        latest(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("which", ["9" * 5000, "\u00b2", "\u0663", "4"])
+def test_a_checkpoint_that_is_not_there_is_named(copy, which):
+    assert chosen(copy.parent, "3") == copy
+    with pytest.raises(ValueError, match=f"has no checkpoint {which[:24]}.*there: iter_0000003"):
+        chosen(copy.parent, which)
 
 
 def test_a_configuration_builds_and_resolves_nothing(tmp_path, monkeypatch):
