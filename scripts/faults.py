@@ -4,7 +4,8 @@
 
 Each fault befalls a `megatsp train` of its own: a tiny model on two ranks. Afterwards the run must have
 ended, with the same losses and the same bits of weights and moments as a run without the fault; every
-checkpoint that was good is good; nothing still runs. Exits 1 if one of that does not hold, and says what.
+checkpoint that was good is good; nothing still runs. A fault that never struck has shown nothing: it counts
+as a problem too. Exits 1 if one of that does not hold, and says what.
 """
 
 import json
@@ -16,7 +17,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fault_campaign.checks import differences, left_running, lost
@@ -71,8 +72,8 @@ class Campaign:
         for attempt in range(4):
             result = self._run(number, kind, attempt)
             if result.struck or result.problems:
-                break
-        return result
+                return result
+        return replace(result, problems=[f"it never struck, in {attempt + 1} runs"])
 
     def _run(self, number: int, kind: str, attempt: int) -> Result:
         """One trial, in a file system of its own if it needs one."""
@@ -130,13 +131,15 @@ def table(results: list[Result]) -> str:
         if not own:
             continue
         failed = sum(bool(result.problems) for result in own)
+        idle = sum(not result.struck for result in own)
+        verdict = f"{failed} FAILED" + (f", {idle} never struck" if idle else "")
         seconds = [result.recovery_s for result in own if result.recovery_s]
         rows.append(
             [
                 kind, str(len(own)), str(sum(result.restarts for result in own)),
                 str(max(result.redone for result in own)),
                 f"{statistics.median(seconds):.1f}" if seconds else "-",
-                f"{failed} FAILED" if failed else "held",
+                verdict if failed else "held",
             ]
         )  # fmt: skip
     return align(titles, rows) + "\n"
@@ -177,7 +180,7 @@ def main() -> int:
         pool.submit(campaign.reference, "plain")  # first, so that nothing has to wait for it later
         for result in pool.map(campaign.run, range(len(order)), order):
             results.append(result)
-            verdict = "; ".join(result.problems[:3]) or ("held" if result.struck else "never struck")
+            verdict = "; ".join(result.problems[:3]) or "held"
             print(
                 f"{len(results):4d}/{len(order)} {time.time() - began:6.0f} s  {result.kind:18s} "
                 f"{result.restarts} restarts, {result.redone} redone, {result.seconds:.1f} s: {verdict}",

@@ -1,33 +1,37 @@
 """Which checkpoints a run keeps, and the removal of the others."""
 
+import errno
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from megatsp.checkpoint.manifest import read_manifest, size_problems
+from megatsp.checkpoint.manifest import check_files
 from megatsp.checkpoint.paths import BEST, LATEST, folder_of, iterations, read_pointer, sync
 
 _REMOVED = ".removed"  # the end of the name of a checkpoint that is half removed
 
 
 def retain(
-    checkpoints: Path, keep_last: int, keep_every: int = 0, keep: Collection[int] = (), dry_run: bool = False
+    checkpoints: Path,
+    keep_last: int,
+    keep_every: int = 0,
+    keep: Collection[int] = (),
+    dry_run: bool = False,
+    verify: str = "sizes",
 ) -> list[Path]:
     """Removes old checkpoints and returns their folders, oldest first; dry_run only returns them.
 
     Those are older than the newest `keep_last` good ones, counted from what LATEST names. Good: with a
-    manifest to which its files' sizes fit, so that no damaged one takes the place of a good one. Never
-    removed: multiples of `keep_every` (0: no others), those in `keep`, what LATEST and BEST name, and what is
-    newer than LATEST. keep_last 0 keeps all. A folder is renamed before its files go: half of one never looks
-    like a checkpoint. What an earlier call could not finish is removed too. On one rank.
+    manifest to which its files fit, so that no damaged one takes the place of a good one. Never removed:
+    multiples of `keep_every` (0: no others), those in `keep`, what LATEST and BEST name, and what is newer
+    than LATEST. keep_last 0 keeps all. On one rank.
+
+    verify: sizes, or checksums too, for which the newest are read through until so many good ones are found.
 
     Raises:
-        OSError: a folder cannot be read or removed.
+        OSError: a folder cannot be read or removed; it says which.
     """
-    if not dry_run:
-        for rest in checkpoints.glob("iter_*" + _REMOVED):
-            shutil.rmtree(rest)
-    old = list(_old(checkpoints, keep_last)) if keep_last > 0 else []
+    old = list(_old(checkpoints, keep_last, verify)) if keep_last > 0 else []
     kept = {*keep, read_pointer(checkpoints / LATEST), read_pointer(checkpoints / BEST)}
     removed = [
         folder_of(checkpoints, iteration)
@@ -35,20 +39,35 @@ def retain(
         if iteration not in kept and not (keep_every > 0 and iteration % keep_every == 0)
     ]
     if not dry_run:
-        for folder in removed:
-            _remove(folder)
+        remove(checkpoints, removed)
     return removed
 
 
-def is_good(folder: Path) -> bool:
-    """Whether a checkpoint has a manifest and every file in it, of the size that is said there."""
+def remove(checkpoints: Path, folders: Iterable[Path]) -> None:
+    """Removes these checkpoints, and first what an earlier call could not finish.
+
+    A folder is renamed before its files go: half of one never looks like a checkpoint. Of a link to a folder
+    the link alone goes; what it points to stays as it is.
+
+    Raises:
+        OSError: a folder cannot be removed; it says which.
+    """
+    for rest in checkpoints.glob("iter_*" + _REMOVED):
+        _remove(rest)
+    for folder in folders:
+        _remove(folder)
+
+
+def is_good(folder: Path, verify: str = "sizes") -> bool:
+    """Whether a checkpoint has a manifest and every file in it. verify: of its size, or checksums too."""
     try:
-        return not size_problems(folder, read_manifest(folder))
+        check_files(folder, verify)
     except (OSError, ValueError):
         return False
+    return True
 
 
-def _old(checkpoints: Path, keep_last: int) -> Iterator[int]:
+def _old(checkpoints: Path, keep_last: int, verify: str) -> Iterator[int]:
     """Iterations below the newest `keep_last` good ones that are not newer than LATEST, falling."""
     latest = read_pointer(checkpoints / LATEST)
     num_good = 0
@@ -57,12 +76,21 @@ def _old(checkpoints: Path, keep_last: int) -> Iterator[int]:
             continue  # of before a return to an earlier one; the run comes to it again
         if num_good == keep_last:
             yield iteration
-        elif is_good(folder_of(checkpoints, iteration)):
+        elif is_good(folder_of(checkpoints, iteration), verify):
             num_good += 1
 
 
 def _remove(folder: Path) -> None:
-    renamed = folder.with_name(folder.name + _REMOVED)
-    folder.rename(renamed)
-    sync(folder.parent)  # before the first file goes
-    shutil.rmtree(renamed)
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        renamed = folder
+        if not folder.name.endswith(_REMOVED):
+            renamed = folder.rename(folder.with_name(folder.name + _REMOVED))
+            sync(folder.parent)  # before the first file goes
+        shutil.rmtree(renamed)
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(folder)) from error
+        raise

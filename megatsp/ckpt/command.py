@@ -111,7 +111,7 @@ def _add_plan(parser: Any) -> None:
 def _add_prune(parser: Any) -> None:
     parser.description = (
         "Removes checkpoints as checkpoint.keep_last and keep_every do. The newest, the best and the "
-        "only whole one always stay."
+        "only whole one always stay. The newest are read through by checksum: a damaged one does not count."
     )
     _add_run(parser, one=False)
     parser.add_argument("--keep-last", type=int, required=True, metavar="N", help="so many newest stay")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatsp.checkpoint import paths
-from megatsp.checkpoint.manifest import MANIFEST, FileEntry, Manifest, write_manifest
+from megatsp.checkpoint import paths, retention
+from megatsp.checkpoint.manifest import MANIFEST, Manifest, entry_of, write_manifest
 from megatsp.checkpoint.retention import is_good, retain
+from megatsp.ckpt.prune import prune
 
 SHARD = "shard-00001-of-00001.safetensors"
 
@@ -26,7 +27,7 @@ def make(checkpoints: Path, iteration: int) -> Path:
     (folder / "tokenizer").mkdir(parents=True)
     (folder / SHARD).write_bytes(bytes(100))
     (folder / "tokenizer" / "tokenizer.json").write_bytes(b"{}")
-    files = {SHARD: FileEntry(100, "0"), "tokenizer/tokenizer.json": FileEntry(2, "0")}
+    files = {SHARD: entry_of(bytes(100)), "tokenizer/tokenizer.json": entry_of(b"{}")}
     write_manifest(folder, Manifest(files, {}))
     return folder
 
@@ -90,6 +91,16 @@ def cut(folder: Path) -> None:
     (folder / SHARD).write_bytes(bytes(99))
 
 
+def flip(folder: Path) -> None:
+    content = bytearray((folder / SHARD).read_bytes())
+    content[50] ^= 1
+    (folder / SHARD).write_bytes(content)
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def lose(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").unlink()
 
@@ -127,6 +138,55 @@ def test_nothing_is_removed_while_none_is_good(checkpoints):
     for iteration in range(10, 70, 10):
         cut(paths.folder_of(checkpoints, iteration))
     assert retain(checkpoints, 1) == []
+
+
+def test_a_flipped_byte_does_not_count_where_checksums_are_asked_for(checkpoints, monkeypatch):
+    flip(paths.folder_of(checkpoints, 60))
+    looked_at = []
+    original = retention.check_files
+    monkeypatch.setattr(
+        retention, "check_files", lambda folder, verify: (looked_at.append(folder), original(folder, verify))
+    )
+    assert retain(checkpoints, 1, dry_run=True)[-1].name == "iter_0000050"  # sizes tell nothing
+    looked_at.clear()
+    removed = retain(checkpoints, 1, verify="checksums")
+    assert [folder.name for folder in removed] == [f"iter_00000{n}" for n in (10, 20, 30, 40)]
+    assert looked_at == [paths.folder_of(checkpoints, n) for n in (60, 50)]  # none that it need not read
+    assert is_good(paths.folder_of(checkpoints, 50), "checksums")
+
+
+def test_prune_keeps_the_newest_that_its_checksums_call_good(checkpoints):
+    for iteration in (10, 20):
+        shutil.rmtree(paths.folder_of(checkpoints, iteration))
+    flip(paths.folder_of(checkpoints, 60))
+    removed = [(paths.folder_of(checkpoints, n), size(paths.folder_of(checkpoints, n))) for n in (30, 40)]
+    assert prune(checkpoints, 1, 0, (), dry_run=True) == removed and left(checkpoints) == [30, 40, 50, 60]
+    assert prune(checkpoints, 1, 0, (), dry_run=False) == removed and left(checkpoints) == [50, 60]
+    assert is_good(paths.folder_of(checkpoints, 50), "checksums")
+
+
+def test_of_a_link_the_link_alone_is_removed(checkpoints, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    folder = paths.folder_of(checkpoints, 10)
+    target = folder.rename(elsewhere / folder.name)
+    folder.symlink_to(target)
+    leftover = checkpoints / "iter_0000005.removed"
+    leftover.symlink_to(target)
+    (checkpoints / "iter_0000006.removed").symlink_to(elsewhere / "none")
+    assert prune(checkpoints, 5, 0, (), dry_run=False) == [(folder, 0)]
+    assert sorted(path.name for path in checkpoints.glob("iter_*")) == [
+        f"iter_00000{n}" for n in (20, 30, 40, 50, 60)
+    ]
+    assert is_good(target, "checksums")
+
+
+def test_an_error_says_what_could_not_be_removed(checkpoints, monkeypatch):
+    def fail(folder):
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with pytest.raises(ValueError, match="cannot remove .*iter_0000010: input/output error"):
+        prune(checkpoints, 5, 0, (), dry_run=False)
 
 
 def test_a_removal_that_is_cut_off_leaves_no_half_checkpoint_and_is_finished_later(checkpoints, monkeypatch):
