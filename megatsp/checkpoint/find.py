@@ -5,11 +5,12 @@ from pathlib import Path
 
 from megatsp.checkpoint.manifest import Damaged, check_folder
 from megatsp.checkpoint.paths import LATEST, folder_of, iterations, read_pointer
+from megatsp.checkpoint.store import read_state
 
 
 def find_good(checkpoints: Path, strict: bool, say: Callable[[str], object]) -> list[Path]:
     """The checkpoints that are whole by their manifest, the sizes of all files and the checksums of the small
-    ones, newest first; none is newer than the pointer says. In one process.
+    ones, and whose state is of their iteration; newest first, none newer than the pointer says. In one process.
 
     strict: the newest one must be whole. say: is given a line for each one that is not, and for a pointer
     that says nothing.
@@ -39,6 +40,7 @@ def find_good(checkpoints: Path, strict: bool, say: Callable[[str], object]) -> 
         folder = folder_of(checkpoints, iteration)
         try:
             check_folder(folder)
+            read_state(folder)
         except Damaged as error:
             if strict and not good:
                 raise Damaged(f"{error}; or set checkpoint.strict=false to go on from an older one") from None

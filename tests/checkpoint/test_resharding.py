@@ -11,7 +11,8 @@ import torch
 from distributed import run_distributed
 from runs import full_state, overrides, start_training, write_corpus
 
-from megatsp.checkpoint import store
+from megatsp.checkpoint.saver import Saved, Saver
+from megatsp.checkpoint.store import named_tensors
 from megatsp.compose import compose, to_yaml
 from megatsp.schema import Config
 from megatsp.training.run import Training
@@ -58,8 +59,11 @@ def save_and_go_on(configs: Sequence[Config]) -> list[tuple[State, Losses]]:
         (training.folder / "config.yaml").write_text(to_yaml(training.config))
         moments, extra = training.optimizer.tensors(), {"config.yaml": to_yaml(training.config).encode()}
         checkpoints = training.folder / "checkpoints"
-        store.save(checkpoints, training.state, training.gpt, moments, extra, training.tokenizer)
+        saver = Saver(checkpoints, training.config.checkpoint)
+        tensors = named_tensors(training.gpt, moments)
+        saver.save(training.state, tensors, extra, training.tokenizer)  # beside the steps that follow
         found.append((state_of(training), next_losses(training, MORE)))
+        assert isinstance(saver.close(), Saved)
     return found
 
 
