@@ -10,7 +10,7 @@ from megatsp.checkpoint.store import read_state
 
 def find_good(checkpoints: Path, strict: bool, say: Callable[[str], object]) -> list[Path]:
     """The checkpoints that are whole by their manifest, the sizes of all files and the checksums of the small
-    ones, and whose state is of their iteration; newest first, none newer than the pointer says. In one process.
+    ones, with a state of their iteration; newest first, none newer than the pointer says. In one process.
 
     strict: the newest one must be whole. say: is given a line for each one that is not, and for a pointer
     that says nothing.
