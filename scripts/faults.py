@@ -83,22 +83,22 @@ class Campaign:
         folder.mkdir()
         if kind == "disk-full" and not mount("-t", "tmpfs", "-o", f"size={SIZE_MIB}m", "faults", str(folder)):
             raise RuntimeError("cannot mount")
-        is_async = choose.random() < 0.5
-        trial = Trial(
-            folder, self.corpus, choose, self.limit_s, (f"checkpoint.async_save={str(is_async).lower()}",)
-        )
+        is_async, keep_last = choose.random() < 0.5, choose.choice([0, 2])
+        settings = f"checkpoint.async_save={str(is_async).lower()}", f"checkpoint.keep_last={keep_last}"
+        trial = Trial(folder, self.corpus, choose, self.limit_s, settings, keep_last)
         try:
             KINDS[kind](trial)
             problems = trial.problems + left_running(folder)
             if not trial.problems:
-                problems += lost(trial.checkpoints, trial.good)
-                problems += differences(folder / "run", self.reference(kind), trial.may_lack)
+                problems += lost(trial.checkpoints, set(sorted(trial.good)[-keep_last:]))
+                where = folder / "run", self.reference(kind)
+                problems += differences(*where, trial.may_lack, keep_last)
             lines = [line for job in trial.jobs for line in job.lines]
             again = redone(lines)
             # A save that is under way in the background when the fault comes is not there afterwards.
             if again > trial.redone_limit + 2 * is_async:
                 problems.append(f"{again} iterations were computed again, more than {trial.redone_limit}")
-            if problems:
+            if problems or not trial.struck:
                 text = "\n----\n".join(job.text for job in trial.jobs)
                 (self.folder / f"{folder.name}.log").write_text(text)
             return Result(

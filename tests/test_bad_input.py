@@ -21,8 +21,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     write_corpus(folder / "corpus")
     train_on_ranks(1, overrides(folder / "corpus", folder / "outputs", "trainer.train_iters=3"))
-    shutil.copytree(folder / "outputs" / "run", folder / "outputs" / "unsaved")
-    shutil.rmtree(folder / "outputs" / "unsaved" / "checkpoints")
     (folder / "outputs" / "thesis").mkdir()
     (folder / "outputs" / "thesis" / "thesis.tex").write_text("years of work")
 
@@ -100,7 +98,6 @@ DATA = [
 FOLDERS = [
     ("model.hidden_size=48", "holds another run; it differs in model.hidden_size: 32 there, 48 now"),
     ("trainer.seed=7", "holds another run; it differs in trainer.seed: 1234 there, 7 now"),
-    ("name=unsaved", "unsaved holds a run that has no checkpoint to resume from"),
     ("name=thesis", "thesis exists and is not a run of megatsp: choose another name="),
 ]
 

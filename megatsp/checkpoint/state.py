@@ -20,7 +20,8 @@ class RunState:
     loss_spikes: losses that leapt, whatever was done then.
     bad_steps_in_a_row: the last steps, if not finite. bad_samples_from: where the first of them began.
     skipped_samples: [start, stop) of the global order, which are never read (again).
-    rollbacks: to an earlier checkpoint, for such numbers. recent_losses: that a new one is held against.
+    rollbacks: to an earlier checkpoint, for such numbers; the last one from the first bad iteration
+    rolled_back_from to rolled_back_to. recent_losses: that a new one is held against.
     """
 
     iteration: int = 0
@@ -40,6 +41,8 @@ class RunState:
     bad_steps_in_a_row: int = 0
     bad_samples_from: int = 0
     rollbacks: int = 0
+    rolled_back_from: int = 0
+    rolled_back_to: int = 0
     skipped_samples: tuple[tuple[int, int], ...] = ()
     recent_losses: tuple[float, ...] = ()
 

@@ -82,26 +82,35 @@ def after_step(
 
 @dataclass(frozen=True)
 class Back:
-    """Where a rollback goes: before iteration `before`, leaving out places [start, stop) of the order."""
+    """Where a rollback goes: before iteration `before`, leaving out places [start, stop) of the order.
+
+    rather: before this iteration, if there is a checkpoint so old; 0: no matter.
+    """
 
     before: int
     start: int
     stop: int
+    rather: int = 0
 
 
 def way_back(state: RunState, cursor: int, is_finite: bool) -> Back:
-    """From the step after `state`, which would have ended at `cursor`, with the bad ones right before it."""
+    """From the step after `state`, which would have ended at `cursor`, with the bad ones right before it.
+
+    A run that did not get past where it was rolled back from goes further: its checkpoint may be bad already.
+    """
     row = 0 if is_finite else state.bad_steps_in_a_row
     start = state.bad_samples_from if row else state.consumed_samples
-    return Back(state.iteration + 1 - row, start, cursor)
+    before = state.iteration + 1 - row
+    rather = state.rolled_back_to if before <= state.rolled_back_from else 0
+    return Back(before, start, cursor, rather)
 
 
 def rolled_back(found: RunState, left: RunState, back: Back) -> RunState:
     """The state to go on from: that of a checkpoint `found`, and what the run has learnt since."""
     ranges = _joined([*left.skipped_samples, (back.start, back.stop)])
     return replace(
-        found, skipped_samples=ranges, rollbacks=left.rollbacks + 1, wandb_run_id=left.wandb_run_id,
-        data_key=left.data_key,
+        found, skipped_samples=ranges, rollbacks=left.rollbacks + 1, rolled_back_from=back.before,
+        rolled_back_to=found.iteration, wandb_run_id=left.wandb_run_id, data_key=left.data_key,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def find_checkpoints(config: Config, say: Callable[[str], object]) -> list[Path]
     In one process. say: is given a line for each one that is passed over.
 
     Raises:
-        ValueError: the folder holds something else: a run that logged but has no checkpoint that is whole, a
-            run of another model or data, or no run at all; with checkpoint.strict, the newest is not whole.
+        ValueError: the folder holds something else: a run none of whose checkpoints is whole, a run of
+            another model or data, or no run at all; with checkpoint.strict, the newest is not whole.
     """
     folder = run_folder(config)
     if folder.exists() and not folder.is_dir():
@@ -54,9 +55,7 @@ def find_checkpoints(config: Config, say: Callable[[str], object]) -> list[Path]
         raise ValueError(f"cannot put {error.filename} back: {error.strerror}") from error
     found = find_good(checkpoints, config.checkpoint.strict, say)
     if not found:
-        if not _has_metrics(folder) or _is_restart():
-            return []  # it ended before its first log line, or is this run, which began and failed
-        raise ValueError(f"{folder} holds a run that has no checkpoint to resume from: {_fix(config)}")
+        return []  # it ended before its first checkpoint
     check_settings(config, found[0])
     return found
 
@@ -161,16 +160,21 @@ def _config_of(found: Path) -> Config:
         raise Damaged(f"{found} is damaged: cannot read config.yaml: {error}; {FIX}") from error
 
 
-def _is_restart() -> bool:
-    """Whether a launcher or a scheduler started this run again by itself."""
-    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(os.environ.get(name, "0") != "0" for name in names)
+def set_aside(folder: Path) -> str:
+    """Puts away the metrics of a run that never came to a checkpoint, for one that begins anew in its folder.
 
+    Returns a line that says so; "" if no step was logged.
 
-def _has_metrics(folder: Path) -> bool:
-    """Whether a step was logged; the loss of weights that nothing was done to is no loss."""
+    Raises:
+        OSError: the file system refuses.
+        ValueError: a line is no entry of metrics.
+    """
     path = folder / "metrics.jsonl"
-    return path.is_file() and any(entry["iteration"] for entry in read_metrics(path))
+    if not path.is_file() or not any(entry["iteration"] for entry in read_metrics(path)):
+        return ""
+    aside = next(name for i in count(1) if not (name := folder / f"metrics.{i}.jsonl").exists())
+    path.rename(aside)
+    return f"{folder} holds a run without a checkpoint: begins anew, and keeps its metrics in {aside.name}"
 
 
 def run_folder(config: Config) -> Path:

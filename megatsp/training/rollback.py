@@ -3,33 +3,35 @@
 import torch.distributed as dist
 
 from megatsp.axes import Axes
-from megatsp.checkpoint.agree import on_each
+from megatsp.checkpoint.agree import on_first
 from megatsp.checkpoint.paths import LATEST, replace_text
 from megatsp.checkpoint.state import RunState
 from megatsp.hf.load import load_weights
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import initialise
 from megatsp.schema import Config
+from megatsp.training.bad_steps import Back
 from megatsp.training.base import Base
 from megatsp.training.folder import run_folder
 from megatsp.training.optimizer import AdamW
 from megatsp.training.resume import find_candidates, load_newest
 
 
-def load_before(iteration: int, config: Config, gpt: GPT, optimizer: AdamW) -> RunState | None:
-    """Loads the newest good checkpoint from before `iteration`, on all ranks; None: there is none at all.
+def load_before(back: Back, config: Config, gpt: GPT, optimizer: AdamW) -> RunState | None:
+    """Loads the newest good checkpoint that `back` allows, on all ranks; None: there is none at all.
 
     Raises:
         ValueError: there are some, but none of them is good and early enough.
     """
     checkpoints = run_folder(config) / "checkpoints"
-    there = on_each(lambda: any(checkpoints.glob("iter_*")) if dist.get_rank() == 0 else False)[0]
-    if not there:
+    if not on_first(lambda: any(checkpoints.glob("iter_*"))):
         return None
-    candidates = [f for f in find_candidates(config) if int(f.name.removeprefix("iter_")) < iteration]
+    there = [(int(folder.name.removeprefix("iter_")), folder) for folder in find_candidates(config)]
+    candidates = [folder for iteration, folder in there if iteration < back.rather]
+    candidates = candidates or [folder for iteration, folder in there if iteration < back.before]
     if not candidates:
         raise ValueError(
-            f"{checkpoints} has no good checkpoint from before iteration {iteration} to roll back to: keep "
+            f"{checkpoints} has no good checkpoint from before iteration {back.before} to roll back to: keep "
             "more of them (checkpoint.keep_last), or set trainer.on_bad_steps=stop and on_spike=warn or skip"
         )
     state = load_newest(config, candidates, gpt, optimizer.tensors(), lambda folder: None).state

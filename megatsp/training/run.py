@@ -10,11 +10,10 @@ from megatsp import exit_status
 from megatsp.axes import choose_device, join
 from megatsp.checkpoint import paths, store
 from megatsp.compose import to_yaml
-from megatsp.hf.kept import stored_files
 from megatsp.schema import Config
 from megatsp.training.bad_steps import Back, Verdict, rolled_back
 from megatsp.training.best import judge, point_to_best
-from megatsp.training.folder import find_checkpoints, lock, run_folder
+from megatsp.training.folder import find_checkpoints, lock, run_folder, set_aside
 from megatsp.training.give_back import give_back
 from megatsp.training.interval import Interval
 from megatsp.training.last_words import last_words, say_lost, sum_up
@@ -218,11 +217,7 @@ class Training(Steps):
     def _save(self, saves: Saves, reporter: Reporter) -> None:
         """Saves what is trained, its moments and the cursor; on all ranks."""
         self.beat("saving")
-        extra = {"config.yaml": to_yaml(self.config).encode()}
-        if self.base is not None:
-            extra |= self.base.files
-        elif self.resumed_from is not None:
-            extra |= stored_files(self.resumed_from)  # of an imported run
+        extra = {"config.yaml": to_yaml(self.config).encode(), **self.kept}
         tensors = store.named_tensors(self.gpt, self.optimizer.tensors())
         self.state = saves.save(self.state, tensors, extra, self.tokenizer, reporter)
         self.beat("saved")
@@ -230,7 +225,7 @@ class Training(Steps):
     def _roll_back(self, back: Back, saves: Saves, reporter: Reporter) -> None:
         """Goes on from the newest good checkpoint from before the bad steps, without their samples."""
         left = saves.wait(self.state, reporter)
-        found = load_before(back.before, self.config, self.gpt, self.optimizer)
+        found = load_before(back, self.config, self.gpt, self.optimizer)
         if found is None:
             found = first_state(self.config, self.axes, self.gpt, self.optimizer, self.base, left.data_key)
         self.state = rolled_back(found, left, back)
@@ -244,6 +239,8 @@ class Training(Steps):
             "the order are left out"
         )
         self.beat("rolled back")
+        if self.state.iteration:  # so that whatever ends the run, it knows what to leave out
+            self._save(saves, reporter)
 
     def _introduce(self, start: int, reporter: Reporter) -> None:
         reporter.say(greeting(self.config, self.axes, self.gpt, start))
@@ -258,6 +255,8 @@ class Training(Steps):
             if find_checkpoints(self.config, lambda line: None) != self.candidates:
                 raise ValueError(f"another run saved into {self.folder} meanwhile: start again")
             try:
+                if not self.candidates and (line := set_aside(self.folder)):
+                    print(f" {line}", flush=True)
                 paths.replace_text(self.folder / "config.yaml", to_yaml(self.config))
                 if self.base is not None:
                     self.base.write_report(self.folder)

@@ -7,6 +7,8 @@ from types import TracebackType
 
 from torch import Tensor
 
+from megatsp.checkpoint.paths import folder_of, iterations
+from megatsp.checkpoint.retention import is_good
 from megatsp.checkpoint.saver import Failed, Saved, Saver
 from megatsp.checkpoint.state import RunState
 from megatsp.data.tokenizer import Tokenizer
@@ -33,6 +35,7 @@ class Saves:
         beat: the watchdog's.
         """
         self.saved_at = state.iteration
+        self._checkpoints = checkpoints
         self._saver = Saver(checkpoints, config, beat=lambda: beat("waiting for a save"))
         self._has_best, self._closed = has_best, False
         self._given = _key(state)
@@ -71,8 +74,16 @@ class Saves:
         self._given = _key(state)
         self._next_best = (state.best_loss, state.best_iteration)
         best = state.best_iteration if self._has_best else None
-        self._saver.save(state, tensors, extra, tokenizer, best=best)
+        self._saver.save(state, tensors, extra, tokenizer, best=best, keep=self._before_bad_steps(state))
         return state
+
+    def _before_bad_steps(self, state: RunState) -> list[int]:
+        """The checkpoint that a rollback needs if the bad steps that `state` ends with go on."""
+        if not state.bad_steps_in_a_row:
+            return []
+        before = state.iteration - state.bad_steps_in_a_row
+        there = (i for i in iterations(self._checkpoints) if i <= before)
+        return [i for i in there if is_good(folder_of(self._checkpoints, i))][:1]
 
     def wait(self, state: RunState, reporter: Reporter) -> RunState:
         """Until nothing is in flight; one that failed is given up. Returns the state as `report` does."""

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,12 +10,14 @@ import torch.distributed as dist
 
 from megatsp.axes import Axes
 from megatsp.checkpoint import store
+from megatsp.checkpoint.agree import on_first
 from megatsp.checkpoint.state import RunState
 from megatsp.comm import Traffic
 from megatsp.data.blend import Blend
 from megatsp.data.loader import Loader, Share, next_draws
 from megatsp.data.splits import load_splits
 from megatsp.data.tokenizer import load_tokenizer
+from megatsp.hf.kept import stored_files
 from megatsp.model.gpt import GPT
 from megatsp.model.parallelize import build_model
 from megatsp.schema import Config
@@ -67,13 +70,17 @@ class Steps:
         self.beat("the model was built")
         self.state = RunState(data_key=self.data.key)
         self.resumed: Resumed | None = None  # and what loading it took
+        self.kept: dict[str, bytes] = {}  # for every save, of the Hugging Face checkpoint that it came from
         if self.base is not None:
+            self.kept = self.base.files
             self.base.fill(self.gpt, self.axes, is_new=self.resumed_from is None)
             self.state = replace(self.state, base_fingerprint=self.base.source.fingerprint)
         if self.resumed_from is not None:
             tensors = self.optimizer.tensors()
             self.resumed = load_newest(config, self.candidates, self.gpt, tensors, self._check)
             self.resumed_from = self.resumed.folder
+            if self.base is None:  # of an imported run; now, for retention may remove that folder
+                self.kept = on_first(partial(stored_files, self.resumed_from))
             self.state = replace(self.resumed.state, data_key=self.data.key)  # the same, or not known then
             self.optimizer.loaded(self.state.iteration - self.state.skipped_steps)
             check_best(config, self.folder / "checkpoints", self.state)

@@ -58,13 +58,15 @@ def good(checkpoints: Path) -> set[int]:
     return {iteration for iteration in there if not problems_of(folder_of(checkpoints, iteration))}
 
 
-def differences(run: Path, reference: Path, may_lack: bool = False) -> list[str]:
+def differences(run: Path, reference: Path, may_lack: bool = False, keep_last: int = 0) -> list[str]:
     """What a run that is over has otherwise than the reference: nothing, if all went well.
 
-    may_lack: whether checkpoints but the last one may be missing; none may be damaged.
+    may_lack: whether checkpoints but the last one may be missing; none may be damaged. keep_last: the newest
+    that it keeps; 0: all.
     """
     checkpoints = run / "checkpoints"
-    must = [i for i in SAVED if i == ITERATIONS or not may_lack or folder_of(checkpoints, i).exists()]
+    kept = SAVED[-keep_last:]
+    must = [i for i in kept if i == ITERATIONS or not may_lack or folder_of(checkpoints, i).exists()]
     found = [f"no whole checkpoint of iteration {i}" for i in must if i not in good(checkpoints)]
     latest = (checkpoints / LATEST).read_text().strip()
     found += [] if latest == str(ITERATIONS) else [f"{LATEST} says {latest}"]

@@ -25,6 +25,7 @@ class Trial:
     random: random.Random
     limit_s: float
     settings: tuple[str, ...]
+    keep_last: int = 0  # checkpoints; 0: all
     jobs: list[Job] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     good: set[int] = field(default_factory=set)  # checkpoints that were good before or after the fault
@@ -49,7 +50,10 @@ class Trial:
             self.problems.append(f"exit status {status}, not one of {allowed}")
         if (self.folder / "struck").exists():
             self.struck = float((self.folder / "struck").read_text() or time.time())
-        self.good |= good(self.checkpoints)
+        there = good(self.checkpoints)
+        if self.good and not there:
+            self.problems.append("no good checkpoint is left")
+        self.good |= there
         return status
 
     def complete(self) -> None:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from distributed import run_distributed
 from runs import full_state, losses, overrides, start_training, write_corpus
 
-from megatsp.checkpoint.paths import LATEST
+from megatsp.checkpoint.paths import LATEST, folder_of
 from megatsp.checkpoint.state import RunState
+from megatsp.checkpoint.store import read_state
 from megatsp.compose import compose
 from megatsp.data.loader import read_batch
 from megatsp.schema import Config, TrainerConfig
@@ -80,6 +81,10 @@ def bad_after_3_rollbacks(training: Training) -> None:
     training.state = replace(training.state, rollbacks=3)
 
 
+def always_bad_from_5(training: Training) -> None:
+    poison(training, 16, 56)
+
+
 def never_sees_them(training: Training) -> None:
     training.state = replace(training.state, skipped_samples=(BAD,))
 
@@ -98,6 +103,7 @@ RUNS: dict[str, tuple[Callable[[Training], None], list[str]]] = {
     "without": (never_sees_them, []),
     "rolls-back": (bad_at_5_to_7, ROLLS_BACK),
     "rolls-back-to-the-start": (bad_at_5_to_7, [*ROLLS_BACK, "checkpoint.save_interval=0"]),
+    "rolls-back-further": (always_bad_from_5, [*ROLLS_BACK, "trainer.max_rollbacks=2"]),
     "stops": (bad_at_5_to_7, []),
     "no-more-rollbacks": (bad_after_3_rollbacks, ROLLS_BACK),
     "fails-once": (fails_once, []),
@@ -183,6 +189,20 @@ def test_a_rolled_back_run_equals_one_that_never_saw_the_samples(runs, folder, n
     assert (folder / name / "checkpoints" / LATEST).read_text() == "8\n"
 
 
+def test_a_run_that_gets_no_further_is_rolled_back_further(runs, folder):
+    assert "after 2 rollbacks (trainer.max_rollbacks)" in runs["rolls-back-further"]["error"]
+    state = runs["rolls-back-further"]["state"]
+    assert (state.rolled_back_from, state.rolled_back_to) == (5, 2)  # first to 4
+    assert state.skipped_samples == ((16, 40),)
+
+
+@pytest.mark.parametrize(("name", "iteration"), [("rolls-back", 4), ("rolls-back-further", 2)])
+def test_the_checkpoint_that_a_run_goes_back_to_knows_what_to_leave_out(runs, folder, name, iteration):
+    saved = read_state(folder_of(folder / name / "checkpoints", iteration))
+    left = runs[name]["state"]
+    assert (saved.rollbacks, saved.skipped_samples) == (left.rollbacks, left.skipped_samples)
+
+
 def test_too_many_bad_steps_stop_the_run_with_its_checkpoint(runs, folder):
     error = runs["stops"]["error"]
     assert error.startswith("iteration 7: loss nan, gradient norm nan; nothing was updated.\nDocuments of")
@@ -237,7 +257,10 @@ def test_the_way_back_leaves_out_all_bad_steps_in_a_row():
         state = after_step(state, judgement, False, float("nan"), cursor, settings)
     assert (state.bad_steps_in_a_row, state.bad_samples_from, state.skipped_steps) == (2, 32, 2)
     back = way_back(state, 56, is_finite=False)
-    assert back == Back(5, 32, 56)
+    assert back == Back(before=5, start=32, stop=56)
     found = rolled_back(RunState(iteration=4), replace(state, skipped_samples=((8, 16), (24, 33))), back)
     assert found.skipped_samples == ((8, 16), (24, 56)) and found.rollbacks == 1
     assert way_back(state, 56, is_finite=True) == Back(7, 48, 56)  # a spike, alone
+    assert (found.rolled_back_from, found.rolled_back_to) == (5, 4)
+    assert way_back(found, 64, is_finite=False) == Back(5, 0, 64, rather=4)  # it came no further
+    assert way_back(replace(found, iteration=5), 64, is_finite=False).rather == 0

@@ -131,8 +131,8 @@ def test_validation_and_test_are_evaluated_where_there_are_any(folder):
 
 def running(folder: Path, name: str) -> tuple[subprocess.Popen, list[int]]:
     """A run of two ranks with two readers each in its third iteration, and all processes that it started."""
-    given = arguments(folder, name, "trainer.train_iters=100000", "data.num_workers=2", "launch.nproc=2")
-    job = command("train", *given, "parallel.tsp=2")
+    given = arguments(folder, name, "trainer.train_iters=100000", "data.num_workers=2", "parallel.tsp=2")
+    job = command("train", *given, "launch.nproc=2", "launch.max_restarts=0")
     assert job.stdout is not None
     for line in job.stdout:
         if re.match(r" iteration +3/", line):

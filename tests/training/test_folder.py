@@ -14,7 +14,7 @@ from megatsp.checkpoint.state import RunState, state_to_json
 from megatsp.checkpoint.store import write_files
 from megatsp.compose import to_yaml
 from megatsp.schema import Config
-from megatsp.training.folder import changed_settings, find_checkpoints, lock, run_folder
+from megatsp.training.folder import changed_settings, find_checkpoints, lock, run_folder, set_aside
 
 
 @pytest.fixture
@@ -106,18 +106,18 @@ def test_an_import_becomes_any_run_of_its_model(config):
         find_checkpoint(replace(config, model=replace(config.model, num_layers=5)))
 
 
-def test_a_run_without_a_checkpoint_is_refused(config, monkeypatch):
+def test_a_run_without_a_checkpoint_begins_anew_and_its_metrics_are_kept(config):
     folder = make_run(config)
-    assert find_checkpoint(config) is None  # it did not come to its first log line
-    (folder / "metrics.jsonl").write_text('{"iteration": 0, "val/lm loss": 5.0}\n')
-    assert find_checkpoint(config) is None  # nor to its first step
-    (folder / "metrics.jsonl").write_text('{"iteration": 10}\n')
-    with pytest.raises(ValueError, match="has no checkpoint to resume from: choose another name="):
-        find_checkpoint(config)
-    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, "1")  # it is this run that failed before it saved, and is started again
-            assert find_checkpoint(config) is None
+    assert find_checkpoint(config) is None
+    assert set_aside(folder) == ""  # it did not come to its first log line
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text('{"iteration": 0, "val/lm loss": 5.0}\n')
+    assert set_aside(folder) == "" and metrics.exists()  # nor to its first step
+    for aside in ("metrics.1.jsonl", "metrics.2.jsonl"):
+        metrics.write_text(f'{{"iteration": 10, "of": "{aside}"}}\n')
+        assert find_checkpoint(config) is None
+        assert set_aside(folder).endswith(f"begins anew, and keeps its metrics in {aside}")
+        assert not metrics.exists() and aside in (folder / aside).read_text()
 
 
 def test_what_is_no_run_is_refused(config):

@@ -179,6 +179,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(entries, folder
     assert read_state(ends[0]) == read_state(ends[1])
 
 
+def test_the_checkpoint_that_a_run_was_resumed_from_may_go(entries, folder):
+    copy_at_4(folder, "one", "moves-on")
+    more = ["checkpoint.save_interval=1", "checkpoint.keep_last=2"]
+    (resumed,) = train_on_ranks(1, arguments(folder, "moves-on", *more))
+    assert losses(resumed) == losses(entries["one"])
+    there = {path.name for path in (folder / "moves-on" / "checkpoints").glob("iter_*")}
+    assert there == {"iter_0000009", "iter_0000010"}
+
+
 def test_a_run_resumed_on_another_mesh_goes_on(entries, folder):
     for name, world_size, more in (
         ("dp2-tsp2", 1, []),

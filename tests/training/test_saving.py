@@ -2,10 +2,13 @@
 
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatsp.checkpoint.manifest import Manifest, write_manifest
+from megatsp.checkpoint.paths import folder_of
 from megatsp.checkpoint.saver import Failed, Saved
 from megatsp.checkpoint.state import RunState
 from megatsp.schema import CheckpointConfig
@@ -19,9 +22,11 @@ class FakeSaver:
     def __init__(self, checkpoints: Any, config: Any, beat: Any) -> None:
         self.outcomes: deque[Saved | Failed] = deque()
         self.given: list[tuple[int, int | None]] = []
+        self.kept: Any = None
 
-    def save(self, state: RunState, *rest: Any, best: int | None = None) -> None:
+    def save(self, state: RunState, *rest: Any, best: int | None = None, keep: Any = ()) -> None:
         self.given.append((state.iteration, best))
+        self.kept = keep
 
     def settle(self) -> None:
         pass
@@ -78,3 +83,22 @@ def test_a_best_checkpoint_that_is_lost_is_no_longer_the_best(tmp_path, monkeypa
     outcomes.append(Failed(6, "No space left on device", None))
     lost = saves.close(state, notes)
     assert lost is not None and lost.iteration == 6 and saves.saved_at == 2
+
+
+def test_a_save_amid_bad_steps_keeps_the_checkpoint_from_before_them(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(saving, "Saver", FakeSaver)
+    saves = Saves(tmp_path, CheckpointConfig(keep_last=1), RunState(), has_best=False)
+    for iteration in (2, 4, 6):
+        write_manifest(make_folder(folder_of(tmp_path, iteration)), Manifest({}, {}))
+    make_folder(folder_of(tmp_path, 5))  # not whole
+    for row, kept in ((0, []), (1, [4]), (2, [4]), (3, [2]), (6, [])):
+        state = RunState(iteration=6, bad_steps_in_a_row=row)
+        saves.save(state, {}, {}, None, Notes())  # type: ignore[arg-type]
+        assert saves._saver.kept == kept  # type: ignore[attr-defined]
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
