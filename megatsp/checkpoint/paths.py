@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 TOKENIZER = "tokenizer"  # the folder in a checkpoint
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
+ABANDONED = ".abandoned"  # the end of the name of a checkpoint of a road that the run has left
 _ASIDE = ".old"  # of a checkpoint that another of its iteration replaces
 _MOST_DIGITS = 12  # of an iteration that a pointer or a user names
 
@@ -71,6 +73,33 @@ def recover(checkpoints: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.rename(folder)
+
+
+def abandon_after(checkpoints: Path, iteration: int) -> list[Path]:
+    """Gives newer checkpoints another name: the run goes on from this iteration (0 without one: anew).
+
+    LATEST is moved first: wherever this is cut off, the run goes on from there. A disk that is too full for
+    that stops nothing.
+
+    Returns: their new names, oldest first.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    newer = [i for i in reversed(iterations(checkpoints)) if i > iteration]
+    if folder_of(checkpoints, iteration).is_dir():
+        with suppress(OSError):
+            if read_pointer(checkpoints / LATEST) != iteration:
+                replace_text(checkpoints / LATEST, f"{iteration}\n")
+    else:
+        (checkpoints / LATEST).unlink(missing_ok=True)
+    renamed = []
+    for folder in (folder_of(checkpoints, i) for i in newer):
+        target = folder.with_name(folder.name + ABANDONED)
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        renamed.append(folder.rename(target))
+    return renamed
 
 
 def latest(checkpoints: Path) -> Path | None:

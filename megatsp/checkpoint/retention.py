@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from megatsp.checkpoint.manifest import check_files
-from megatsp.checkpoint.paths import BEST, LATEST, folder_of, iterations, read_pointer, sync
+from megatsp.checkpoint.paths import ABANDONED, BEST, LATEST, folder_of, iterations, read_pointer, sync
+from megatsp.checkpoint.store import read_state
 
 _REMOVED = ".removed"  # the end of the name of a checkpoint that is half removed
 
@@ -24,20 +25,25 @@ def retain(
     Those are older than the newest `keep_last` good ones, counted from what LATEST names. Good: with a
     manifest to which its files fit, so that no damaged one takes the place of a good one. Never removed:
     multiples of `keep_every` (0: no others), those in `keep`, what LATEST and BEST name, and what is newer
-    than LATEST. keep_last 0 keeps all. On one rank.
+    than LATEST; nor what one that stays says is the best. Abandoned ones go. keep_last 0 keeps all. On one
+    rank.
 
     verify: sizes, or checksums too, for which the newest are read through until so many good ones are found.
 
     Raises:
         OSError: a folder cannot be read or removed; it says which.
     """
-    old = list(_old(checkpoints, keep_last, verify)) if keep_last > 0 else []
-    kept = {*keep, read_pointer(checkpoints / LATEST), read_pointer(checkpoints / BEST)}
-    removed = [
-        folder_of(checkpoints, iteration)
-        for iteration in reversed(old)
-        if iteration not in kept and not (keep_every > 0 and iteration % keep_every == 0)
-    ]
+    removed: list[Path] = []
+    if keep_last > 0:
+        kept = {*keep, read_pointer(checkpoints / LATEST), read_pointer(checkpoints / BEST)}
+        old = [
+            iteration
+            for iteration in _old(checkpoints, keep_last, verify)
+            if iteration not in kept and not (keep_every > 0 and iteration % keep_every == 0)
+        ]
+        best = {_best_of(folder_of(checkpoints, i)) for i in iterations(checkpoints) if i not in old}
+        removed = sorted(checkpoints.glob(f"iter_*{ABANDONED}"))
+        removed += [folder_of(checkpoints, iteration) for iteration in reversed(old) if iteration not in best]
     if not dry_run:
         remove(checkpoints, removed)
     return removed
@@ -78,6 +84,14 @@ def _old(checkpoints: Path, keep_last: int, verify: str) -> Iterator[int]:
             yield iteration
         elif is_good(folder_of(checkpoints, iteration), verify):
             num_good += 1
+
+
+def _best_of(folder: Path) -> int:
+    """The iteration of the lowest validation loss so far, as a checkpoint knows it; 0: none."""
+    try:
+        return read_state(folder).best_iteration
+    except (OSError, ValueError):
+        return 0
 
 
 def _remove(folder: Path) -> None:

@@ -117,7 +117,9 @@ class Saver:
             self._start(job, 1e3 * (time.perf_counter() - since), waits=False)
             return
         job = replace(job, tensors=self._staging.view(tensors) if on_host else self._staging.copy(tensors))
-        self._outcomes.append(self._attempt(job, None, self._retry_s))
+        self._start(job, None, waits=False)
+        self._wait()
+        self._asked.clear()
         if isinstance(self._outcomes[-1], Failed):
             if on_host:  # training has not gone on: a copy made now is the same
                 job = replace(job, tensors=self._staging.copy(tensors))
@@ -169,7 +171,7 @@ class Saver:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def _start(self, job: _Job, stall_ms: float, waits: bool) -> None:
+    def _start(self, job: _Job, stall_ms: float | None, waits: bool) -> None:
         work = (job, stall_ms, waits)
         self._thread = threading.Thread(target=self._run, args=work, name="checkpoint")
         self._thread.start()
@@ -199,8 +201,8 @@ class Saver:
         if self._error is not None:
             raise self._error
 
-    def _run(self, job: _Job, stall_ms: float, waits: bool) -> None:
-        """The thread: writes until it is whole or given up."""
+    def _run(self, job: _Job, stall_ms: float | None, waits: bool) -> None:
+        """The thread: writes until it is whole or given up; once, if training waits for it (no stall_ms)."""
         backoff_s, closes = self._retry_s, False
         try:
             while True:
@@ -213,7 +215,7 @@ class Saver:
                     backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
                 outcome = self._attempt(job, stall_ms, None if closes else backoff_s)
                 self._outcomes.append(outcome)
-                if closes or isinstance(outcome, Saved):
+                if closes or stall_ms is None or isinstance(outcome, Saved):
                     return
                 waits = True
         except BaseException as error:  # it is raised where training sees it

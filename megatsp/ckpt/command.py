@@ -8,6 +8,7 @@ from typing import Any
 
 from megatsp.checkpoint.paths import folder_of, iterations
 from megatsp.ckpt.diff import diff, diff_lines
+from megatsp.ckpt.layout import read_config
 from megatsp.ckpt.listing import inspect, inspect_lines, list_lines, list_run, shown_bytes
 from megatsp.ckpt.plan import plan, plan_lines
 from megatsp.ckpt.prune import prune
@@ -192,7 +193,9 @@ def _prune(given: Any) -> int:
 
 def _reshard(given: Any) -> int:
     written = reshard(find(given.run, given.checkpoint), given.output, given.overrides)
-    print(f"wrote {written}: to go on from it: megatsp train name={given.output.name} ...", flush=True)
+    command = "sft" if read_config(written).finetune.hf else "train"
+    run = given.output.absolute()
+    print(f"wrote {written}: to go on from it: megatsp {command} output_dir={run.parent} name={run.name} ...")
     return 0
 
 

@@ -62,7 +62,7 @@ def list_lines(found: dict[str, Any]) -> Iterator[str]:
     yield from (f"pointer {line}" for line in found["lost_pointers"])
     for left in found["leftovers"]:
         size = shown_bytes(left["bytes"])
-        yield f"left over: {left['folder']}, {size} of a save or removal that was cut off"
+        yield f"left over: {left['folder']}, {size}: cut off, or abandoned for an older one"
 
 
 def inspect(folder: Path, pattern: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from megatsp.checkpoint.manifest import (
     write_manifest,
 )
 from megatsp.checkpoint.paths import LATEST, folder_of
+from megatsp.checkpoint.state import state_to_json
 from megatsp.checkpoint.storage import ShardWriter
 from megatsp.checkpoint.store import read_state, write_files
 from megatsp.ckpt.layout import differences, held_by_ranks, onto_mesh, read_config
@@ -34,8 +35,8 @@ from megatsp.hf.safetensors_file import DTYPES
 def reshard(source: Path, output: Path, overrides: Sequence[str]) -> Path:
     """Writes a run folder `output` with the checkpoint `source` as another mesh's ranks would have saved it.
 
-    The tensors are equal to the bit, the state is the same; config.yaml has the new mesh. All files of the
-    source are held against their checksums first.
+    The tensors are equal to the bit; config.yaml has the new mesh. The state is the same, but that it knows
+    no best checkpoint if that is another one. All files of the source are held against their checksums first.
 
     Returns: the checkpoint.
 
@@ -53,20 +54,24 @@ def reshard(source: Path, output: Path, overrides: Sequence[str]) -> Path:
         raise ValueError(
             f"{source} does not fit this model; {len(wrong)} tensors differ: {'; '.join(wrong[:8])}"
         )
-    iteration = read_state(source).iteration
+    state = read_state(source)
+    iteration = state.iteration
+    if state.best_iteration != iteration:  # that one stays where it is
+        state = replace(state, best_iteration=0, best_loss=0.0, evaluations_without_gain=0)
     absolute = output.absolute()
     config = replace(config, name=absolute.name, output_dir=str(absolute.parent))
     with whole_folder(output, False, stored.manifest.bytes) as temporary:
         folder = folder_of(temporary / "checkpoints", iteration)
-        _write_shards(stored, ranks, folder, _small_files(stored, to_yaml(config).encode()))
+        changed = {"config.yaml": to_yaml(config).encode(), "state.json": state_to_json(state)}
+        _write_shards(stored, ranks, folder, _small_files(stored) | changed)
         (temporary / "config.yaml").write_text(to_yaml(config))
         (temporary / "checkpoints" / LATEST).write_text(f"{iteration}\n")
     return folder_of(output / "checkpoints", iteration)
 
 
-def _small_files(stored: StoredTensors, config: bytes) -> dict[str, bytes]:
+def _small_files(stored: StoredTensors) -> dict[str, bytes]:
     names = [name for name in stored.manifest.files if not name.endswith(SUFFIX)]
-    return {name: (stored.folder / name).read_bytes() for name in names} | {"config.yaml": config}
+    return {name: (stored.folder / name).read_bytes() for name in names}
 
 
 def _write_shards(

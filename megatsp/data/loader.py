@@ -10,7 +10,9 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import numpy as np
@@ -109,7 +111,8 @@ class Loader:
             pin_memory=pin,
             **(ahead if workers else {}),
         )
-        self._iterator: Iterator[HostBatch | str] | None = iter(loader)  # processes start, and read ahead
+        with _unsignalled():  # processes start, and read ahead
+            self._iterator: Iterator[HostBatch | str] | None = iter(loader)
 
     def __next__(self) -> HostBatch:
         assert self._iterator is not None
@@ -159,6 +162,24 @@ def read_batch(blend: Blend, draws: Sequence[Draw], spans: Sequence[Span] | None
 
 def _stacked(rows: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(rows[0][None] if len(rows) == 1 else np.stack(rows))
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def _unsignalled() -> Iterator[None]:
+    """Inside, processes start that do not hear a scheduler's signals, which it may send to every process.
+
+    The rank decides when it ends; readers that died of the signal would keep it from saving.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # which unblocks SIGTERM when it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _prepare(worker: int) -> None:

@@ -1,15 +1,17 @@
 """Local ranks: started by torch's elastic agent, watched, started again; and what a rank owes its launcher.
 
-Every rank is an ordinary process in a session of its own, so a terminal's or a scheduler's signal reaches
-the launcher alone. The launcher passes the first SIGINT, SIGTERM or SIGUSR1 on, as a request to finish the
-step and save, and keeps watching; a second SIGINT or SIGTERM kills. A rank that dies takes the others down
-at once, by SIGKILL and with whatever they started: they may be stuck in a collective, and a SIGTERM would
-mean something else to them. A rank dies with its launcher, however that one ends.
+Every rank is an ordinary process in a session of its own: a terminal's signal reaches the launcher alone, and
+a scheduler's may reach all of them, which changes nothing. The launcher passes the first SIGINT, SIGTERM or
+SIGUSR1 on, as a request to finish the step and save, and keeps watching; a second SIGINT or SIGTERM kills. A
+rank that dies takes the others down at once, by SIGKILL and with whatever they started: they may be stuck in
+a collective, and a SIGTERM would mean something else to them. A rank dies with its launcher, however that
+one ends.
 
 Ranks that resume by themselves (`Restarts`) are then started again, after a pause that doubles each time, up
 to a limit of restarts in a row that bring no new checkpoint. Not started again: after success (0), a user's
-mistake (2), an end in good order (75, which is the job's status then), suspected hardware (77), Ctrl-C (130),
-or the same exception twice in a row. The cause of each failure is shown, alone and in full.
+mistake (2), a last checkpoint that could not be written (74), an end in good order (75, which is the job's
+status then), suspected hardware (77), Ctrl-C (130), or the same exception twice in a row. The cause of each
+failure is shown, alone and in full.
 """
 
 from megatsp.exit_status import INTERRUPTED, USER_ERROR

@@ -51,6 +51,7 @@ class Agent(LocalElasticAgent):
         super().__init__(spec, DefaultLogsSpecs(log_dir=str(folder)), start_method="spawn")
         self._remaining_restarts = 0  # the next attempt has an agent of its own, and no store of this one's
         self.ended: set[int] = set()
+        self._done: set[int] = set()  # ranks that ended with 0
         self._folder, self._signals = folder, signals
 
     def close(self) -> None:
@@ -60,8 +61,10 @@ class Agent(LocalElasticAgent):
         self.get_worker_group().spec.rdzv_handler.shutdown()
 
     def kill(self) -> None:
-        """Kills every rank with whatever it started, also where the rank itself has ended."""
+        """Kills every rank with whatever it started, also where the rank itself has failed."""
         for rank, pid in self._pids().items():
+            if rank in self._done:  # its number may be another process's by now
+                continue
             if self._code(rank) is None:
                 self.ended.add(rank)
             with suppress(ProcessLookupError, PermissionError):
@@ -82,6 +85,12 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         # Before the agent looks: it would send the others SIGTERM, and wait for 30 s.
+        for rank, pid in self._pids().items():
+            if rank not in self._done and self._code(rank) == 0:
+                self._done.add(rank)
+                self._signals.pids.remove(pid)
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)  # what it left
         codes = [self._code(rank) for rank in self._pids()]
         if any(codes):
             end = time.monotonic() + max(_GRACE_S.get(code or 0, 0.0) for code in codes)

@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatsp.exit_status import FAILURE, HANG, HARDWARE, RETRIED, USER_ERROR
+from megatsp.exit_status import FAILURE, HANG, HARDWARE, NOT_SAVED, RETRIED, USER_ERROR
 
-_MEANINGS = {HANG: "made no progress and ended itself", HARDWARE: "suspects its machine"}
+_MEANINGS = {
+    NOT_SAVED: "could not write the last checkpoint",
+    HANG: "made no progress and ended itself",
+    HARDWARE: "suspects its machine",
+}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -26,9 +27,9 @@ def run_rank(work: Callable[[], int]) -> NoReturn:
     try:
         status = record(work)() or 0
     except Exception as error:
-        if not ours:
-            raise
         status = USER_ERROR if is_users(error) else FAILURE
+        if not ours:
+            traceback.print_exception(error, limit=0 if status == USER_ERROR else None)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

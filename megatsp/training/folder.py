@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -17,6 +17,8 @@ from megatsp.schema import Config
 from megatsp.training.logs import read_metrics
 
 LOCK = ".lock"
+# What a run may leave that ended before it had written its configuration.
+_OF_SET_UP = {LOCK, "config.yaml.tmp", "hangs", "out_of_memory"}
 
 # A resumed run may change anything but these: they decide the model, or which sample comes next. The weights
 # that are tuned are compared by content: see `megatsp.training.base`.
@@ -44,7 +46,7 @@ def find_checkpoints(config: Config, say: Callable[[str], object]) -> list[Path]
     folder = run_folder(config)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} exists and is not a run of megatsp: choose another name= or output_dir=")
-    if not folder.exists() or {file.name for file in folder.iterdir()} <= {LOCK}:
+    if not folder.exists() or {file.name for file in folder.iterdir()} <= _OF_SET_UP:
         return []
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} exists and is not a run of megatsp: {_fix(config)}")
@@ -137,9 +139,10 @@ def lock(folder: Path) -> Iterator[None]:
             f"process {other} trains in {folder} already: wait for it, or choose another name="
         ) from error
     with file:
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with suppress(OSError):  # a full disk: the lock is held all the same
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
 
 

@@ -4,6 +4,7 @@ metrics.jsonl is the source of truth: one object a line, flushed line by line. W
 numbers under the same names, with an explicit step.
 """
 
+import errno
 import json
 import logging
 import os
@@ -63,8 +64,9 @@ class Reporter:
 
         self.wandb_run_id = self.wandb_run_id or secrets.token_hex(4)
         logging.getLogger("wandb").setLevel(logging.ERROR)
-        try:
-            self._run = wandb.init(
+
+        def start(mode: str) -> Any:
+            return wandb.init(
                 project=config.logging.wandb_project,
                 entity=config.logging.wandb_entity or None,
                 name=config.name,
@@ -75,6 +77,15 @@ class Reporter:
                 config=asdict(config),
                 settings=wandb.Settings(silent=True),
             )
+
+        try:
+            try:
+                self._run = start(mode)
+            except (wandb.errors.CommError, TimeoutError) as error:
+                if isinstance(error, wandb.errors.AuthenticationError):
+                    raise
+                print(f" Weights & Biases does not answer ({error}): this run is kept offline", flush=True)
+                self._run = start("offline")
         except (wandb.Error, TimeoutError) as error:
             raise ValueError(
                 f"Weights & Biases did not start ({mode}): {error}. Check WANDB_API_KEY, or use "
@@ -106,10 +117,15 @@ class Reporter:
             self._run.log({k: v for k, v in entry.items() if v is not None}, step=iteration)
 
     def _write(self) -> None:
-        """Writes what is not written yet; what the disk refuses stays for the next time."""
+        """Writes what is not written yet; what the disk refuses stays, in whole lines, for the next time."""
         try:
             while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
+                line = self._unwritten[: self._unwritten.index(b"\n") + 1]
+                start = self._file.seek(0, os.SEEK_END)
+                if self._file.write(line) != len(line):
+                    self._file.truncate(start)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._unwritten = self._unwritten[len(line) :]
         except OSError as error:
             if not self._is_held_up:
                 self.say(
@@ -208,15 +224,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, iteration: int, evaluations: bool = False) -> None:
-    """Takes out entries after `iteration`. evaluations: those of its own too."""
+    """Takes out entries after `iteration`, and a last one that was cut off. evaluations: its own, too.
+
+    Entries at the end are cut off where they are: that needs no room on a disk that is full.
+    """
     if not path.exists():
         return
-    kept = [
-        entry
-        for entry in read_metrics(path)
-        if entry["iteration"] < iteration + (not (evaluations and _is_evaluation(entry)))
+    entries = read_metrics(path)
+    stays = [
+        entry["iteration"] < iteration + (not (evaluations and _is_evaluation(entry))) for entry in entries
     ]
-    replace_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+    first = stays.index(False) if False in stays else len(stays)
+    if any(stays[first:]):
+        kept = [json.dumps(entry) + "\n" for entry, stay in zip(entries, stays, strict=True) if stay]
+        replace_text(path, "".join(kept))
+        return
+    lines = path.read_bytes().splitlines(True)[:first]
+    whole = lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+    os.truncate(path, sum(map(len, whole)))
 
 
 def _is_evaluation(entry: Metrics) -> bool:

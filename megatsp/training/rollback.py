@@ -1,10 +1,8 @@
 """Back to an earlier checkpoint, or to the first weights where there is none yet."""
 
-import torch.distributed as dist
-
 from megatsp.axes import Axes
 from megatsp.checkpoint.agree import on_first
-from megatsp.checkpoint.paths import LATEST, replace_text
+from megatsp.checkpoint.paths import abandon_after, iterations
 from megatsp.checkpoint.state import RunState
 from megatsp.hf.load import load_weights
 from megatsp.model.gpt import GPT
@@ -18,28 +16,29 @@ from megatsp.training.resume import find_candidates, load_newest
 
 
 def load_before(back: Back, config: Config, gpt: GPT, optimizer: AdamW) -> RunState | None:
-    """Loads the newest good checkpoint that `back` allows, on all ranks; None: there is none at all.
+    """Loads the newest good checkpoint that `back` allows, on all ranks; None: there is none so early.
+
+    Newer ones are abandoned: see `paths.abandon_after`.
 
     Raises:
-        ValueError: there are some, but none of them is good and early enough.
+        ValueError: there are some that are early enough, but none is good.
+        RuntimeError: a newer one cannot be renamed.
     """
     checkpoints = run_folder(config) / "checkpoints"
-    if not on_first(lambda: any(checkpoints.glob("iter_*"))):
-        return None
     there = [(int(folder.name.removeprefix("iter_")), folder) for folder in find_candidates(config)]
     candidates = [folder for iteration, folder in there if iteration < back.rather]
-    candidates = candidates or [folder for iteration, folder in there if iteration < back.before]
-    if not candidates:
+    candidates += [folder for iteration, folder in there if back.rather <= iteration < back.before]
+    state = None
+    if candidates:
+        optimizer.reset()  # for an import has no moments
+        state = load_newest(config, candidates, gpt, optimizer.tensors(), lambda folder: None).state
+        optimizer.loaded(state.iteration - state.skipped_steps)
+    elif on_first(lambda: any(iteration < back.before for iteration in iterations(checkpoints))):
         raise ValueError(
-            f"{checkpoints} has no good checkpoint from before iteration {back.before} to roll back to: keep "
-            "more of them (checkpoint.keep_last), or set trainer.on_bad_steps=stop and on_spike=warn or skip"
+            f"{checkpoints} has no good checkpoint from before iteration {back.before} to roll back to: "
+            "restore one, or set trainer.on_bad_steps=stop and on_spike=warn or skip"
         )
-    state = load_newest(config, candidates, gpt, optimizer.tensors(), lambda folder: None).state
-    optimizer.loaded(state.iteration - state.skipped_steps)
-    if dist.get_rank() == 0:
-        # Later ones are of the road that is left: a run that is resumed must not take them.
-        replace_text(checkpoints / LATEST, f"{state.iteration}\n")
-    dist.barrier()
+    on_first(lambda: abandon_after(checkpoints, state.iteration if state is not None else 0))
     return state
 
 

@@ -62,9 +62,8 @@ def train(config: Config, stopper: Stopper) -> int:
             gpt, optimizer = (training.gpt, training.optimizer) if training is not None else (None, None)
             where = run_folder(config), dist.get_rank()
             print(explain(error, config, dist.get_world_size(), gpt, optimizer, *where), file=sys.stderr)
-        raise
-    finally:
-        dist.destroy_process_group()
+        raise  # and no group is destroyed: NCCL would wait for ranks that wait for this one
+    dist.destroy_process_group()
     if not gives_back:
         return status
     try:  # now: no rank waits in a collective, however long it takes
@@ -115,7 +114,7 @@ class Training(Steps):
                 self._save(saves, reporter)
             self.beat("waiting for the last save")
             lost = saves.close(self.state, reporter)
-            status = exit_status.FAILURE if lost is not None else 0
+            status = exit_status.NOT_SAVED if lost is not None else 0
             if not is_sound:
                 status = exit_status.HARDWARE
             elif stopper.stop is not None and not self.is_over and not status:
@@ -231,8 +230,6 @@ class Training(Steps):
         self.state = rolled_back(found, left, back)
         reporter.go_back(self.state.iteration)
         saves.go_back(self.state)
-        if self.is_first and self.base is not None:
-            point_to_best(self.folder / "checkpoints", self.state)
         self._owes_save = False
         reporter.say(
             f" rolled back to iteration {self.state.iteration}; samples {back.start} to {back.stop - 1} of "
@@ -257,6 +254,9 @@ class Training(Steps):
             try:
                 if not self.candidates and (line := set_aside(self.folder)):
                     print(f" {line}", flush=True)
+                if self.resumed is not None:
+                    for left in paths.abandon_after(self.folder / "checkpoints", self.state.iteration):
+                        print(f" set aside: {left}", flush=True)
                 paths.replace_text(self.folder / "config.yaml", to_yaml(self.config))
                 if self.base is not None:
                     self.base.write_report(self.folder)

@@ -49,6 +49,7 @@ class Steps:
         self.beat = watchdog.beat if watchdog is not None else lambda what: None
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.data = load_splits(config, self.tokenizer)
+        self.beat("the data were opened")
         self.folder = run_folder(config)
         self.candidates = find_candidates(config)
         self.resumed_from = self.candidates[0] if self.candidates else None
@@ -56,6 +57,7 @@ class Steps:
             self._check(self.resumed_from)
         self.base = Base(config, self.resumed_from, self.tokenizer) if config.finetune.hf else None
         dist.barrier()  # every rank has looked before one writes
+        self.beat("the checkpoints were found")
         self.axes = Axes.build(config.parallel, device)
         if watchdog is not None:
             watchdog.traffic = self.axes.traffic

@@ -73,7 +73,7 @@ class Stopper:
             signal.signal(number, handler)
 
     def limit_to(self, minutes: float) -> None:
-        """The wall-clock limit, from the start of this process's launcher, or of this process; 0: none."""
+        """The wall-clock limit, from the start of this process's launcher or torchrun; 0: none."""
         self._limit_s = 60 * minutes
 
     def asked(self) -> bool:
@@ -125,8 +125,9 @@ class Stopper:
 
 
 def _running_s() -> float:
-    """Since our launcher started, or this process if another one started it."""
-    pid = os.environ.get(LAUNCHER_PID, "self")
+    """Since our launcher or torchrun started, which may start ranks again; or else this process."""
+    agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else "self"
+    pid = os.environ.get(LAUNCHER_PID, agent)
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")

@@ -66,10 +66,19 @@ class Trial:
             self.problems.append(f"nothing said {text!r}")
 
 
-def _strike(trial: Trial, event: str, last: int, action: str, delay_s: float, first: int = 1) -> None:
-    """Starts the job with a fault on a random rank, at the first to last such event or shortly after."""
+# Flushes to the disk of rank 0 and of rank 1 in a run: that one brings the small files and the folders there.
+_FLUSHES = (40, 4)
+
+
+def _strike(trial: Trial, event: str, last: int, action: str, delay_s: float, after: float = 0.0) -> None:
+    """Starts the job with a fault on a random rank, at one of `last` such events or shortly after.
+
+    after: the part of them that comes before.
+    """
+    rank = trial.random.randrange(2)
+    last = _FLUSHES[rank] if event == "save" else last
     fault = {
-        "rank": trial.random.randrange(2), "event": event, "count": trial.random.randint(first, last),
+        "rank": rank, "event": event, "count": trial.random.randint(1 + int(after * last), last),
         "delay_s": trial.random.uniform(0, delay_s), "action": action,
     }  # fmt: skip
     trial.start(fault)
@@ -84,14 +93,16 @@ def _killed(event: str, last: int, delay_s: float) -> Callable[[Trial], None]:
 
 
 def _job_killed_in_save(trial: Trial) -> None:
-    _strike(trial, "save", 24, "kill job", 0.05, first=14)  # not before there is a checkpoint
+    _strike(trial, "save", 0, "kill job", 0.05, after=0.35)  # not before there is a checkpoint
     if trial.end(-9, 0):
         trial.complete()
 
 
 def _signalled(action: str, name: str) -> Callable[[Trial], None]:
     def run(trial: Trial) -> None:
-        event, last = trial.random.choice([("step", 11), ("save", 30), ("evaluate", 2), ("start", 1)])
+        event, last = trial.random.choice([("step", 11), ("save", 0), ("evaluate", 2), ("start", 1)])
+        if action == "terminate all":  # processes that read ahead, too
+            trial.settings = (*trial.settings, "data.num_workers=1")
         _strike(trial, event, last, action, 2.0 if event == "start" else 0.1)
         if trial.end(75, 0) == 75:
             trial.expect(name) if event != "start" else None
@@ -102,7 +113,7 @@ def _signalled(action: str, name: str) -> Callable[[Trial], None]:
 
 
 def _stopped(trial: Trial) -> None:
-    event, last = trial.random.choice([("step", 11), ("save", 30), ("evaluate", 2)])
+    event, last = trial.random.choice([("step", 11), ("save", 0), ("evaluate", 2)])
     _strike(trial, event, last, "stop", 0.05)
     trial.end(0)
     if (trial.folder / "struck").exists():
@@ -238,10 +249,11 @@ def _environment(pid: int) -> list[bytes]:
 KINDS: dict[str, Callable[[Trial], None]] = {
     "kill-start": _killed("start", 1, 4.0),
     "kill-step": _killed("step", 11, 0.06),
-    "kill-save": _killed("save", 40, 0.03),
+    "kill-save": _killed("save", 0, 0.03),
     "kill-evaluation": _killed("evaluate", 3, 0.1),
     "kill-job-in-save": _job_killed_in_save,
     "sigterm": _signalled("terminate", "SIGTERM"),
+    "sigterm-to-all": _signalled("terminate all", "SIGTERM"),
     "sigusr1": _signalled("warn", "SIGUSR1"),
     "sigstop": _stopped,
     "flip": _damaged(_flip),

@@ -1,5 +1,6 @@
 """What is kept of a run's checkpoints, what is removed, and that half of one never looks whole."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from megatsp.checkpoint import paths, retention
 from megatsp.checkpoint.manifest import MANIFEST, Manifest, entry_of, write_manifest
 from megatsp.checkpoint.retention import is_good, retain
+from megatsp.checkpoint.state import RunState, state_to_json
+from megatsp.checkpoint.store import write_files
 from megatsp.ckpt.prune import prune
 
 SHARD = "shard-00001-of-00001.safetensors"
@@ -216,3 +219,38 @@ def test_what_is_no_checkpoint_is_left_alone(checkpoints):
 
 def test_a_folder_that_is_not_there_has_nothing_to_remove(tmp_path):
     assert retain(tmp_path / "none", 1) == []
+
+
+def test_what_one_that_stays_knows_as_the_best_is_kept(checkpoints):
+    for iteration in (50, 60):
+        folder = paths.folder_of(checkpoints, iteration)
+        files = write_files(folder, {"state.json": state_to_json(RunState(iteration, best_iteration=20))})
+        write_manifest(folder, Manifest(files, {}))
+    assert retained(checkpoints, 2) == [20, 50, 60]
+
+
+def test_abandoned_ones_have_another_name_and_go_with_retention(checkpoints):
+    assert [path.name for path in paths.abandon_after(checkpoints, 40)] == [
+        "iter_0000050.abandoned", "iter_0000060.abandoned"
+    ]  # fmt: skip
+    assert paths.read_pointer(checkpoints / paths.LATEST) == 40
+    assert paths.iterations(checkpoints) == [40, 30, 20, 10]
+    make(checkpoints, 50)
+    paths.abandon_after(checkpoints, 40)  # again: the older one is replaced
+    assert retain(checkpoints, 0) == []
+    assert len(list(checkpoints.glob("*.abandoned"))) == 2
+    assert retained(checkpoints, 4) == [10, 20, 30, 40]
+
+
+def test_a_run_that_begins_anew_abandons_all(checkpoints, monkeypatch):
+    paths.abandon_after(checkpoints, 0)
+    assert paths.iterations(checkpoints) == [] and not (checkpoints / paths.LATEST).exists()
+
+
+def test_a_full_disk_stops_no_return(checkpoints, monkeypatch):
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(paths, "replace_text", full)
+    paths.abandon_after(checkpoints, 40)
+    assert paths.iterations(checkpoints)[0] == 40

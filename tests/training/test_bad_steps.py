@@ -13,8 +13,8 @@ from runs import full_state, losses, overrides, start_training, write_corpus
 
 from megatsp.checkpoint.paths import LATEST, folder_of
 from megatsp.checkpoint.state import RunState
-from megatsp.checkpoint.store import read_state
-from megatsp.compose import compose
+from megatsp.checkpoint.store import read_state, save
+from megatsp.compose import compose, to_yaml
 from megatsp.data.loader import read_batch
 from megatsp.schema import Config, TrainerConfig
 from megatsp.training.bad_steps import Back, Verdict, after_step, judge_step, rolled_back, way_back
@@ -76,6 +76,16 @@ def bad_at_5_to_7(training: Training) -> None:
     poison(training, *BAD)
 
 
+def bad_at_5_to_7_of_an_import(training: Training) -> None:
+    """As after `megatsp convert import`: a checkpoint of iteration 0, without moments."""
+    bad_at_5_to_7(training)
+    extra = {"config.yaml": to_yaml(training.config).encode()}
+    save(training.folder / "checkpoints", RunState(), training.gpt, {}, extra, training.tokenizer)
+    if dist.get_rank() == 0:
+        (training.folder / "config.yaml").write_text(to_yaml(training.config))
+    training.candidates = [folder_of(training.folder / "checkpoints", 0)]
+
+
 def bad_after_3_rollbacks(training: Training) -> None:
     poison(training, *BAD)
     training.state = replace(training.state, rollbacks=3)
@@ -104,6 +114,7 @@ RUNS: dict[str, tuple[Callable[[Training], None], list[str]]] = {
     "rolls-back": (bad_at_5_to_7, ROLLS_BACK),
     "rolls-back-to-the-start": (bad_at_5_to_7, [*ROLLS_BACK, "checkpoint.save_interval=0"]),
     "rolls-back-further": (always_bad_from_5, [*ROLLS_BACK, "trainer.max_rollbacks=2"]),
+    "rolls-back-to-an-import": (bad_at_5_to_7_of_an_import, [*ROLLS_BACK, "checkpoint.save_interval=0"]),
     "stops": (bad_at_5_to_7, []),
     "no-more-rollbacks": (bad_after_3_rollbacks, ROLLS_BACK),
     "fails-once": (fails_once, []),
@@ -178,7 +189,7 @@ def test_a_bad_step_is_skipped_counted_and_its_documents_are_named(runs, folder)
     assert "\nDocuments of the samples whose loss is not finite: doc" in blamed
 
 
-@pytest.mark.parametrize("name", ["rolls-back", "rolls-back-to-the-start"])
+@pytest.mark.parametrize("name", ["rolls-back", "rolls-back-to-the-start", "rolls-back-to-an-import"])
 def test_a_rolled_back_run_equals_one_that_never_saw_the_samples(runs, folder, name):
     back, without = runs[name], runs["without"]
     assert back["status"] == 0 and back["state"].rollbacks == 1
@@ -194,6 +205,7 @@ def test_a_run_that_gets_no_further_is_rolled_back_further(runs, folder):
     state = runs["rolls-back-further"]["state"]
     assert (state.rolled_back_from, state.rolled_back_to) == (5, 2)  # first to 4
     assert state.skipped_samples == ((16, 40),)
+    assert (folder / "rolls-back-further" / "checkpoints" / "iter_0000004.abandoned").is_dir()
 
 
 @pytest.mark.parametrize(("name", "iteration"), [("rolls-back", 4), ("rolls-back-further", 2)])

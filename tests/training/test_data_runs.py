@@ -164,6 +164,18 @@ def test_readers_end_with_a_rank_that_is_killed(folder):
     assert still_alive(started) == []
 
 
+def test_a_signal_to_every_process_saves_as_one_to_the_launcher_does(folder):
+    job, started = running(folder, "told")
+    for pid in started:  # as a scheduler may do; readers too
+        os.kill(pid, signal.SIGTERM)
+    os.kill(job.pid, signal.SIGTERM)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 75, err
+    assert "Traceback" not in err and still_alive(started) == []
+    saved = int((folder / "told" / "checkpoints" / LATEST).read_text())
+    assert f"stopped after iteration {saved};" in out
+
+
 def still_alive(processes: list[int]) -> list[int]:
     """Those that have not ended within a time in which any would."""
     deadline = time.monotonic() + 30

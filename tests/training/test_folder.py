@@ -55,6 +55,9 @@ def test_new(config):
     assert find_checkpoint(config) is None
     run_folder(config).mkdir()
     assert find_checkpoint(config) is None  # an empty folder is nobody's
+    for name in ("hangs", "out_of_memory"):  # of a run that failed before it began
+        (run_folder(config) / name).mkdir()
+    assert find_checkpoint(config) is None
 
 
 def test_resumed(config):

@@ -1,12 +1,16 @@
 """What a run reports: metrics.jsonl, the console's lines, Weights & Biases."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import wandb
 
 from megatsp.schema import Config, LoggingConfig
+from megatsp.training import logs
 from megatsp.training.logs import Reporter, evaluation_line, iteration_line, read_metrics, wandb_mode
 
 CONFIG = replace(Config(), logging=LoggingConfig(wandb="disabled"))
@@ -132,3 +136,61 @@ def test_a_full_disk_loses_no_line_and_stops_nothing(tmp_path, capsys):
     reporter.close()
     assert [entry["iteration"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert capsys.readouterr().out.count("metrics.jsonl cannot be written: No space left on device") == 1
+
+
+def test_a_full_disk_stops_no_return_to_an_earlier_iteration(tmp_path, monkeypatch):
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 2, 3, 4)
+    before = path.read_text().splitlines(True)
+    reporter = Reporter(CONFIG, tmp_path, 4, "", active=True)
+    monkeypatch.setattr(logs, "replace_text", full)
+    reporter.go_back(2)
+    reporter.close()
+    assert path.read_text() == "".join(before[:2])
+
+
+def test_a_line_that_is_half_written_is_written_again(tmp_path):
+    reporter = Reporter(CONFIG, tmp_path, 0, "", active=True)
+    reporter.log(1, {"lm loss": 3.0})
+    file = reporter._file
+    reporter._file = HalfFull(file)  # type: ignore[assignment]
+    reporter.log(2, {"lm loss": 2.0})
+    assert [entry["iteration"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    reporter._file = file
+    reporter.log(3, {"lm loss": 1.0})
+    reporter.close()
+    assert [entry["iteration"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+class HalfFull:
+    """A file on a disk with room for five more bytes."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.seek, self.truncate = file.seek, file.truncate
+
+    def write(self, content: bytes) -> int:
+        written: int = self._file.write(content[:5])
+        return written
+
+
+def test_a_server_that_does_not_answer_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    asked: list[str] = []
+
+    def init(mode: str, **options: Any) -> Any:
+        asked.append(mode)
+        if mode == "online":
+            raise errors[len(asked) - 1]
+        return None
+
+    errors = [wandb.errors.CommError("timed out"), None, wandb.errors.AuthenticationError("no such key")]
+    monkeypatch.setattr(wandb, "init", init)
+    online = replace(CONFIG, logging=LoggingConfig(wandb="online"))
+    Reporter(online, tmp_path, 0, "", active=True).close()
+    assert asked == ["online", "offline"]
+    assert "does not answer (timed out): this run is kept offline" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no such key. Check WANDB_API_KEY"):
+        Reporter(online, tmp_path, 0, "", active=True)

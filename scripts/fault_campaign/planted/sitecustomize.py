@@ -25,11 +25,23 @@ def _launcher(number):
     return lambda: os.kill(int(os.environ["MEGATSP_LAUNCHER_PID"]), number)
 
 
+def _terminate_all():
+    """As a scheduler may do: to every process of the trial, the launcher's and the readers' too."""
+    mark = os.environ["MEGATSP_FAULTS_TRIAL"]
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"MEGATSP_FAULTS_TRIAL={mark}".encode() in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGTERM)
+        except OSError:
+            continue
+
+
 _ACTIONS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "kill job": _launcher(signal.SIGKILL),
     "terminate": _launcher(signal.SIGTERM),
+    "terminate all": _terminate_all,
     "warn": _launcher(signal.SIGUSR1),
 }
 
