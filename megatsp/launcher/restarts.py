@@ -34,8 +34,9 @@ class Count:
 
     def pause_s(self, cause: Failure) -> float | None:
         """Seconds until the ranks start again; None if they do not. Says so on stderr."""
-        if (newest := self._restarts.newest()) != self._newest:  # an older one after a rollback
-            self._newest, self._done, self._raised = newest, 0, ""
+        if (newest := self._restarts.newest()) > self._newest:
+            self._done, self._raised = 0, ""
+        self._newest = newest  # perhaps an older one, after a rollback
         before, self._raised = self._raised, cause.headline if cause.detail else ""
         limit = self._restarts.limit
         if not cause.may_pass or not limit:

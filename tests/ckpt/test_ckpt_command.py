@@ -203,7 +203,7 @@ def test_ls(saved, copy, capsys):
     assert found["lost_pointers"] == ["best says 7, which is not there"]
     assert [left["bytes"] for left in found["leftovers"]] == [1500]
     text = output(capsys, "ls", copy)
-    assert "damaged: " in text and "1.5 KB of a save or removal that was cut off" in text
+    assert "damaged: " in text and "1.5 KB: cut off, or abandoned for an older one" in text
 
 
 def test_inspect(saved, capsys):
