@@ -16,6 +16,7 @@ from megatsp.checkpoint.paths import LATEST
 from megatsp.compose import compose
 from megatsp.exit_status import REQUEUE
 from megatsp.schema import Config
+from megatsp.training import stopping
 from megatsp.training.logs import read_metrics
 from megatsp.training.run import Training
 from megatsp.training.stopping import LIMIT, CutOff, Stop, Stopper
@@ -137,6 +138,15 @@ def test_the_limit_counts_from_the_start_of_the_process(monkeypatch):
     assert not stopper.asked()
     stopper.limit_to(1e-4)
     assert stopper.asked() and stopper.heard == [LIMIT]
+
+
+def test_the_limit_counts_from_the_start_of_torchrun(monkeypatch):
+    monkeypatch.delenv("MEGATSP_LAUNCHER_PID", raising=False)
+    own = stopping._running_s()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run1")
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # which may start ranks again
+    since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert own < stopping._running_s() <= since_boot
 
 
 def test_what_works_alone_is_cut_off_by_a_signal_or_the_limit(monkeypatch):
