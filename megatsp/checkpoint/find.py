@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from megatsp.checkpoint.manifest import Damaged, check_folder
+from megatsp.checkpoint.manifest import FIX, Damaged, check_folder
 from megatsp.checkpoint.paths import LATEST, folder_of, iterations, read_pointer
 from megatsp.checkpoint.store import read_state
 
@@ -50,5 +50,10 @@ def find_good(checkpoints: Path, strict: bool, say: Callable[[str], object]) -> 
     if bad and not good:
         raise Damaged(f"{checkpoints} has no whole checkpoint: {'; '.join(bad)}")
     for line in bad:
-        say(f"passed over: {line}")
+        say(passed_over(line))
     return good
+
+
+def passed_over(damage: str) -> str:
+    """The line for a checkpoint that a run goes on without: what is wrong, and no advice to mend it."""
+    return f"passed over: {damage.removesuffix(f'; {FIX}')}"

@@ -90,13 +90,13 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise Damaged(f"{folder} is damaged: {MANIFEST} is none of {FORMAT}; {FIX}")
     seal, version = content.pop(_SEAL, None), content.get("version")
-    if seal is not None and seal != _seal(content):
-        raise Damaged(f"{folder} is damaged: {MANIFEST} is not what was written, by its own checksum; {FIX}")
-    if type(version) is int and version > VERSION:
+    if type(version) is int and version > VERSION:  # before the seal, which may be another by then
         raise ValueError(
             f"{folder} is of version {version} of our checkpoints; this megatsp reads version {VERSION}: "
             "update megatsp"
         )
+    if seal is not None and seal != _seal(content):
+        raise Damaged(f"{folder} is damaged: {MANIFEST} is not what was written, by its own checksum; {FIX}")
     try:
         if version != VERSION or seal is None:
             raise ValueError(f"version {version!r}" if seal else f"no {_SEAL}")

@@ -192,9 +192,9 @@ class Saver:
     def _written(self) -> int:
         """Bytes of the save in flight that its files have so far, of all ranks, as this host sees them."""
         sizes = 0
-        for path in self._checkpoints.glob("iter_*.tmp/*"):
+        for folder in self._checkpoints.glob("iter_*.tmp"):
             with suppress(OSError):  # renamed meanwhile
-                sizes += path.stat().st_size
+                sizes += sum(path.stat().st_size for path in folder.iterdir())
         return sizes
 
     def _raise(self) -> None:

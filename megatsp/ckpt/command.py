@@ -165,6 +165,8 @@ def _verify(given: Any) -> int:
 def _diff(given: Any) -> int:
     which = given.other_checkpoint or given.checkpoint
     one, other = find(given.run, given.checkpoint), find(given.other, which)
+    if one.samefile(other):
+        raise ValueError(f"A and B are both {one}: name another checkpoint, or B's with --other-checkpoint")
     found, is_equal = diff(one, other, not given.ignore_settings)
     _print(found, diff_lines(found), given.json)
     return 0 if is_equal else 1

@@ -28,8 +28,10 @@ def run_rank(work: Callable[[], int]) -> NoReturn:
         status = record(work)() or 0
     except Exception as error:
         status = USER_ERROR if is_users(error) else FAILURE
-        if not ours:
-            traceback.print_exception(error, limit=0 if status == USER_ERROR else None)
+        if not ours and status == USER_ERROR:
+            print(f"megatsp: error: {error}", file=sys.stderr)
+        elif not ours:
+            traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatsp.checkpoint import store
 from megatsp.checkpoint.agree import on_first
+from megatsp.checkpoint.find import passed_over
 from megatsp.checkpoint.manifest import Damaged, read_manifest
 from megatsp.checkpoint.state import RunState
 from megatsp.schema import Config
@@ -67,7 +68,7 @@ def load_newest(
                 raise Damaged(f"{error}; or set checkpoint.strict=false to go on from an older one") from None
             damage.append(str(error))
             if is_first:
-                _say(f"passed over: {error}")
+                _say(passed_over(str(error)))
             for tensor in tensors.values():  # for an import has none, and is begun with zeros
                 tensor.zero_()
             continue

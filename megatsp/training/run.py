@@ -62,7 +62,9 @@ def train(config: Config, stopper: Stopper) -> int:
             gpt, optimizer = (training.gpt, training.optimizer) if training is not None else (None, None)
             where = run_folder(config), dist.get_rank()
             print(explain(error, config, dist.get_world_size(), gpt, optimizer, *where), file=sys.stderr)
-        raise  # and no group is destroyed: NCCL would wait for ranks that wait for this one
+        if device.type == "cpu":  # NCCL would wait here for ranks that wait for this one
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
     if not gives_back:
         return status

@@ -384,3 +384,25 @@ def test_waiting_for_a_save_is_progress_while_its_files_grow(tmp_path, grows):
     threading.Timer(1.5, stopped.set).start()
     saver._wait()
     assert len(beats) >= 3 if grows else len(beats) == 1  # when it began to look
+
+
+def test_a_save_may_end_while_its_files_are_counted(tmp_path):
+    saver = Saver.__new__(Saver)
+    saver._checkpoints = tmp_path
+    temporary, whole, stopped = tmp_path / "iter_0000001.tmp", tmp_path / "iter_0000001", threading.Event()
+    temporary.mkdir()
+    (temporary / "shard").write_bytes(b"1234")
+
+    def rename() -> None:
+        while not stopped.is_set():
+            temporary.rename(whole)
+            whole.rename(temporary)
+
+    thread = threading.Thread(target=rename)
+    thread.start()
+    try:
+        counted = {saver._written() for _ in range(2_000)}
+    finally:
+        stopped.set()
+        thread.join()
+    assert counted <= {0, 4} and saver._written() == 4

@@ -290,6 +290,8 @@ def test_diff_of_two_iterations(saved, capsys):
     assert value["relative"] == value["max_abs"] / whole[0].abs().max().item()
     text = output(capsys, "diff", one, other, status=1)
     assert "iteration: 1 -> 2" in text and "tensors differ" in text
+    with pytest.raises(ValueError, match="A and B are both .*iter_0000002: name another"):
+        run(["diff", str(run_folder), str(other)])
 
 
 def test_values_are_compared_by_their_bits(monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from runs import files
 
-from megatsp.checkpoint.manifest import MANIFEST, Damaged, Manifest, write_manifest
+from megatsp.checkpoint.manifest import FIX, MANIFEST, Damaged, Manifest, write_manifest
 from megatsp.checkpoint.paths import LATEST, folder_of
 from megatsp.checkpoint.state import RunState, state_to_json
 from megatsp.checkpoint.store import write_files
@@ -166,6 +166,7 @@ def test_damaged_ones_are_named_and_passed_over(config):
     assert len(said) == 1 and said[0].startswith(
         f"passed over: {newest} is damaged: config.yaml has checksum"
     )
+    assert FIX not in said[0]  # the run goes on
     strict = replace(config, checkpoint=replace(config.checkpoint, strict=True))
     with pytest.raises(Damaged, match="set checkpoint.strict=false to go on from an older one"):
         find_checkpoints(strict, said.append)
