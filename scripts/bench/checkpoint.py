@@ -287,8 +287,6 @@ cache before. With verify=checksums every file is read through as well.
 | ---- | ---: | ---: | ---: | ---: |
 {chr(10).join(loads)}
 
-[As a picture](checkpoint.png).
-
 Measured: {", ".join(f"{name} {value}" for name, value in machine.items())}.
 """
 
@@ -327,8 +325,9 @@ def main(arguments: list[str]) -> int:
     text = page(num_bytes, found, repeats)
     print(text)
     if given.output:
-        given.output.write_text(text)
-        plot(found, given.output.with_suffix(".png"))
+        picture = given.output.with_suffix(".png")
+        plot(found, picture)
+        given.output.write_text(f"{text}\n[As a picture]({picture.name}).\n")
     return 0
 
 
