@@ -69,6 +69,10 @@ def test_checks_find_what_was_lost_and_what_differs(tmp_path):
     assert checks.differences(run, reference) == ["no whole checkpoint of iteration 6"]
     (found,) = checks.lost(checkpoints, {3, 6})
     assert found.startswith("the good checkpoint 6 is lost: shard-0.safetensors")
+    shutil.copytree(folder_of(checkpoints, 9), folder_of(checkpoints, 10))  # as if after a signal
+    shutil.rmtree(folder_of(checkpoints, 9))
+    assert checks.differences(run, reference, keep_last=2) == []
+    assert checks.differences(run, reference, keep_last=3) == ["no whole checkpoint of iteration 9"]
     shutil.rmtree(run)
     make_run(run)
     last = folder_of(checkpoints, 12)

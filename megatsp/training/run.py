@@ -1,7 +1,7 @@
 """The training run, read top to bottom: set up, step, evaluate, log, save, sum up."""
 
 import sys
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import replace
 
 import torch.distributed as dist
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatsp import exit_status
 from megatsp.axes import choose_device, join
 from megatsp.checkpoint import paths, store
+from megatsp.checkpoint.retention import remove
 from megatsp.compose import to_yaml
 from megatsp.schema import Config
 from megatsp.training.bad_steps import Back, Verdict, rolled_back
@@ -87,6 +88,8 @@ class Training(Steps):
         """Trains to the end, or to where all ranks agree to stop; returns the exit status."""
         if self.is_over:
             if self.is_first:
+                with suppress(OSError):  # what is over needs no disk
+                    remove(self.folder / "checkpoints", ())  # what a killed job left half removed
                 print(f"{self.folder} {why_ended(self.config, self.state)}")
             return 0
         with lock(self.folder) if self.is_first else nullcontext():

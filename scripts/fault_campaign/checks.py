@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fault_campaign.job import ITERATIONS, SAVE_INTERVAL, processes
 from megatsp.checkpoint.manifest import read_manifest, size_problems, sum_problems
-from megatsp.checkpoint.paths import LATEST, folder_of
+from megatsp.checkpoint.paths import LATEST, folder_of, iterations
 from megatsp.training.logs import read_metrics
 
 SAVED = tuple(range(SAVE_INTERVAL, ITERATIONS + 1, SAVE_INTERVAL))
@@ -54,8 +54,7 @@ def lost(checkpoints: Path, good: set[int]) -> list[str]:
 
 def good(checkpoints: Path) -> set[int]:
     """The iterations of whole checkpoints."""
-    there = {iteration for iteration in SAVED if folder_of(checkpoints, iteration).is_dir()}
-    return {iteration for iteration in there if not problems_of(folder_of(checkpoints, iteration))}
+    return {i for i in iterations(checkpoints) if not problems_of(folder_of(checkpoints, i))}
 
 
 def differences(run: Path, reference: Path, may_lack: bool = False, keep_last: int = 0) -> list[str]:
@@ -65,9 +64,10 @@ def differences(run: Path, reference: Path, may_lack: bool = False, keep_last: i
     that it keeps; 0: all.
     """
     checkpoints = run / "checkpoints"
-    kept = SAVED[-keep_last:]
-    must = [i for i in kept if i == ITERATIONS or not may_lack or folder_of(checkpoints, i).exists()]
-    found = [f"no whole checkpoint of iteration {i}" for i in must if i not in good(checkpoints)]
+    whole, there = good(checkpoints), set(iterations(checkpoints))  # a signal has one more saved
+    kept = sorted({*SAVED, *there})[-keep_last:]
+    must = [i for i in kept if i == ITERATIONS or not may_lack or i in there]
+    found = [f"no whole checkpoint of iteration {i}" for i in must if i not in whole]
     latest = (checkpoints / LATEST).read_text().strip()
     found += [] if latest == str(ITERATIONS) else [f"{LATEST} says {latest}"]
     ours, theirs = numbers(run), numbers(reference)

@@ -14,6 +14,7 @@ from fault_campaign.checks import good
 from fault_campaign.job import ITERATIONS, SAVE_INTERVAL, Job, kill, processes
 from megatsp.checkpoint.manifest import MANIFEST, read_manifest
 from megatsp.checkpoint.paths import LATEST, folder_of
+from megatsp.exit_status import FAILURE, NOT_SAVED, REQUEUE, USER_ERROR
 
 
 @dataclass
@@ -104,7 +105,7 @@ def _signalled(action: str, name: str) -> Callable[[Trial], None]:
         if action == "terminate all":  # processes that read ahead, too
             trial.settings = (*trial.settings, "data.num_workers=1")
         _strike(trial, event, last, action, 2.0 if event == "start" else 0.1)
-        if trial.end(75, 0) == 75:
+        if trial.end(REQUEUE, 0) == REQUEUE:
             trial.expect(name) if event != "start" else None
             trial.complete()
         trial.redone_limit = 0  # it saves before it goes
@@ -188,7 +189,7 @@ def _held(trial: Trial, begin: Callable[[], bool], stop: Callable[[], None]) -> 
         job.process.wait(trial.random.uniform(0.3, 3.0))
     stop()
     for _ in range(2):
-        if trial.end(0, 1, 2) == 0:
+        if trial.end(0, FAILURE, USER_ERROR, NOT_SAVED) == 0:
             return
         trial.start()
     trial.end(0)
@@ -210,7 +211,12 @@ def _read_only(trial: Trial) -> None:
     folder = str(trial.checkpoints)
 
     def begin() -> bool:
-        return mount("--bind", folder, folder) and mount("-o", "remount,bind,ro", folder)
+        if not mount("--bind", folder, folder):
+            return False
+        end = time.monotonic() + 5
+        while not (done := mount("-o", "remount,bind,ro", folder)) and time.monotonic() < end:
+            time.sleep(0.02)  # a file is being written
+        return done
 
     try:
         _held(trial, begin, lambda: unmount(trial.checkpoints))

@@ -203,6 +203,9 @@ def test_a_run_resumed_on_another_mesh_goes_on(entries, folder):
 
 def test_a_finished_run_says_so_and_changes_nothing(entries, folder):
     before = files(folder / "one")
+    left = folder / "one" / "checkpoints" / "iter_0000002.removed"  # by a job that was killed at its end
+    left.mkdir()
+    (left / "shard").write_bytes(b"half of it")
     run_distributed(run_and_print, 1, compose(arguments(folder, "one")), folder / "said")
     assert (folder / "said").read_text() == (
         f"{folder / 'one'} is at iteration 10 already; to go on, raise trainer.train_iters\n"
