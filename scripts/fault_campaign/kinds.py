@@ -13,7 +13,7 @@ from typing import Any
 from fault_campaign.checks import good
 from fault_campaign.job import ITERATIONS, SAVE_INTERVAL, Job, kill, processes
 from megatsp.checkpoint.manifest import MANIFEST, read_manifest
-from megatsp.checkpoint.paths import LATEST, folder_of
+from megatsp.checkpoint.paths import LATEST, folder_of, read_pointer
 from megatsp.exit_status import FAILURE, NOT_SAVED, REQUEUE, USER_ERROR
 
 
@@ -129,7 +129,7 @@ def _damaged(change: Callable[[Path, random.Random], None]) -> Callable[[Trial],
         if not job.ran_to(trial.random.randint(2 * SAVE_INTERVAL + 1, ITERATIONS), trial.limit_s):
             trial.problems.append("it ended before it could be damaged")
         end = time.monotonic() + trial.limit_s
-        while len(good(trial.checkpoints)) < 2 and time.monotonic() < end:  # one to damage, one to go on from
+        while not _has_older(trial.checkpoints) and time.monotonic() < end:  # to go on from
             time.sleep(0.05)
         for pid in processes(trial.folder):
             kill(pid)
@@ -145,6 +145,12 @@ def _damaged(change: Callable[[Path, random.Random], None]) -> Callable[[Trial],
         trial.expect(f"passed over: {folder}")
 
     return run
+
+
+def _has_older(checkpoints: Path) -> bool:
+    """Whether a good checkpoint is older than the one that LATEST names, which moves after the rename."""
+    newest = read_pointer(checkpoints / LATEST)
+    return newest is not None and any(iteration < newest for iteration in good(checkpoints))
 
 
 def _flip(path: Path, choose: random.Random) -> None:
