@@ -50,7 +50,7 @@ def retain(
 
 
 def remove(checkpoints: Path, folders: Iterable[Path]) -> None:
-    """Removes these checkpoints, and first what an earlier call could not finish.
+    """Removes these checkpoints, after what an earlier call could not finish.
 
     A folder is renamed before its files go: half of one never looks like a checkpoint. Of a link to a folder
     the link alone goes; what it points to stays as it is.
@@ -58,10 +58,19 @@ def remove(checkpoints: Path, folders: Iterable[Path]) -> None:
     Raises:
         OSError: a folder cannot be removed; it says which.
     """
-    for rest in checkpoints.glob("iter_*" + _REMOVED):
-        _remove(rest)
+    finish_removals(checkpoints)
     for folder in folders:
         _remove(folder)
+
+
+def finish_removals(checkpoints: Path) -> None:
+    """Removes what is left of checkpoints whose removal was cut off.
+
+    Raises:
+        OSError: a folder cannot be removed; it says which.
+    """
+    for rest in checkpoints.glob("iter_*" + _REMOVED):
+        _remove(rest)
 
 
 def is_good(folder: Path, verify: str = "sizes") -> bool:

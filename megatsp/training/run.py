@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatsp import exit_status
 from megatsp.axes import choose_device, join
 from megatsp.checkpoint import paths, store
-from megatsp.checkpoint.retention import remove
+from megatsp.checkpoint.retention import finish_removals
 from megatsp.compose import to_yaml
 from megatsp.schema import Config
 from megatsp.training.bad_steps import Back, Verdict, rolled_back
@@ -89,7 +89,7 @@ class Training(Steps):
         if self.is_over:
             if self.is_first:
                 with suppress(OSError):  # what is over needs no disk
-                    remove(self.folder / "checkpoints", ())  # what a killed job left half removed
+                    finish_removals(self.folder / "checkpoints")
                 print(f"{self.folder} {why_ended(self.config, self.state)}")
             return 0
         with lock(self.folder) if self.is_first else nullcontext():

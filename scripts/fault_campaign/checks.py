@@ -1,9 +1,8 @@
 """What must hold after a fault: the same numbers, whole checkpoints, nothing left running."""
 
-import time
 from pathlib import Path
 
-from fault_campaign.job import ITERATIONS, SAVE_INTERVAL, processes
+from fault_campaign.job import ITERATIONS, SAVE_INTERVAL, processes, wait_until
 from megatsp.checkpoint.manifest import read_manifest, size_problems, sum_problems
 from megatsp.checkpoint.paths import LATEST, folder_of, iterations
 from megatsp.training.logs import read_metrics
@@ -37,10 +36,8 @@ def state(run: Path) -> dict[str, str]:
 
 def left_running(folder: Path) -> list[str]:
     """Processes of a trial that has ended."""
-    end = time.monotonic() + _LEFT_S
-    while (pids := processes(folder)) and time.monotonic() < end:
-        time.sleep(0.05)
-    return [f"process {pid} is left" for pid in pids]
+    wait_until(lambda: not processes(folder), _LEFT_S)
+    return [f"process {pid} is left" for pid in processes(folder)]
 
 
 def lost(checkpoints: Path, good: set[int]) -> list[str]:
@@ -64,8 +61,8 @@ def differences(run: Path, reference: Path, may_lack: bool = False, keep_last: i
     that it keeps; 0: all.
     """
     checkpoints = run / "checkpoints"
-    whole, there = good(checkpoints), set(iterations(checkpoints))  # a signal has one more saved
-    kept = sorted({*SAVED, *there})[-keep_last:]
+    whole, there = good(checkpoints), set(iterations(checkpoints))
+    kept = sorted({*SAVED, *there})[-keep_last:]  # a signal has one more saved
     must = [i for i in kept if i == ITERATIONS or not may_lack or i in there]
     found = [f"no whole checkpoint of iteration {i}" for i in must if i not in whole]
     latest = (checkpoints / LATEST).read_text().strip()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,18 +94,24 @@ class Job:
 
     def ran_to(self, iteration: int, limit_s: float) -> bool:
         """Waits until an iteration was logged; False if it was not before the end or in so long."""
-        end = time.monotonic() + limit_s
-        while time.monotonic() < end:
-            if any(found[1] >= iteration for found in iterations(self.lines)):
-                return True
-            if self.process.poll() is not None:
-                return False
-            time.sleep(0.02)
-        return False
+
+        def was_logged() -> bool:
+            return any(found[1] >= iteration for found in iterations(self.lines))
+
+        wait_until(lambda: was_logged() or self.process.poll() is not None, limit_s)
+        return was_logged()
 
     @property
     def text(self) -> str:
         return "\n".join(line for _, line in self.lines)
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
+    """Looks until a condition holds, for so long at most; whether it did."""
+    end = time.monotonic() + limit_s
+    while not (holds := condition()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return holds
 
 
 def processes(folder: Path) -> list[int]:

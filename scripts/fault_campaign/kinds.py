@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_campaign.checks import good
-from fault_campaign.job import ITERATIONS, SAVE_INTERVAL, Job, kill, processes
+from fault_campaign.job import ITERATIONS, SAVE_INTERVAL, Job, kill, processes, wait_until
 from megatsp.checkpoint.manifest import MANIFEST, read_manifest
 from megatsp.checkpoint.paths import LATEST, folder_of, read_pointer
 from megatsp.exit_status import FAILURE, NOT_SAVED, REQUEUE, USER_ERROR
@@ -128,9 +128,7 @@ def _damaged(change: Callable[[Path, random.Random], None]) -> Callable[[Trial],
         job = trial.start()
         if not job.ran_to(trial.random.randint(2 * SAVE_INTERVAL + 1, ITERATIONS), trial.limit_s):
             trial.problems.append("it ended before it could be damaged")
-        end = time.monotonic() + trial.limit_s
-        while not _has_older(trial.checkpoints) and time.monotonic() < end:  # to go on from
-            time.sleep(0.05)
+        wait_until(lambda: _can_fall_back(trial.checkpoints), trial.limit_s)
         for pid in processes(trial.folder):
             kill(pid)
         trial.end(-9, 0)
@@ -147,7 +145,7 @@ def _damaged(change: Callable[[Path, random.Random], None]) -> Callable[[Trial],
     return run
 
 
-def _has_older(checkpoints: Path) -> bool:
+def _can_fall_back(checkpoints: Path) -> bool:
     """Whether a good checkpoint is older than the one that LATEST names, which moves after the rename."""
     newest = read_pointer(checkpoints / LATEST)
     return newest is not None and any(iteration < newest for iteration in good(checkpoints))
@@ -219,10 +217,7 @@ def _read_only(trial: Trial) -> None:
     def begin() -> bool:
         if not mount("--bind", folder, folder):
             return False
-        end = time.monotonic() + 5
-        while not (done := mount("-o", "remount,bind,ro", folder)) and time.monotonic() < end:
-            time.sleep(0.02)  # a file is being written
-        return done
+        return wait_until(lambda: mount("-o", "remount,bind,ro", folder), 5)  # not while a file is written
 
     try:
         _held(trial, begin, lambda: unmount(trial.checkpoints))
