@@ -97,8 +97,9 @@ def test_what_was_computed_again_is_counted():
 
 def test_processes_of_a_trial_are_found(tmp_path):
     assert checks.left_running(tmp_path) == []
-    child = subprocess.Popen(["sleep", "60"], env={**os.environ, job.MARK: str(tmp_path)})
-    assert job.processes(tmp_path) == [child.pid]
-    job.kill(child.pid)
-    child.wait()
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, job.MARK: str(tmp_path)}) as child:
+        try:  # while a process starts its program, the kernel shows an empty environment for a moment
+            assert job.wait_until(lambda: job.processes(tmp_path) == [child.pid], 5)
+        finally:
+            child.kill()
     assert job.processes(tmp_path) == []
