@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megatsp.checkpoint.agree import group_rank, on_each
-from megatsp.checkpoint.manifest import FIX, Damaged, FileEntry, Manifest, TensorEntry
+from megatsp.checkpoint.manifest import FIX, Damaged, FileEntry, Manifest, TensorEntry, raise_damage
 from megatsp.hf.safetensors_file import DTYPES, NAMES, Entry, TensorFile, TensorWriter, read_header
 
 PLACES = "DCP_SHARDING_INFO"  # torch's key in a header: where a file's part of a tensor begins
@@ -247,9 +247,7 @@ def check_parts(folder: Path, manifest: Manifest, parts: Mapping[str, Iterable[P
             wrong.append(f"{name} is not in the manifest")
         elif not _fills(tensor, found):
             wrong.append(f"{name}, {tensor.dtype} {tensor.shape}, is not made by its {len(found)} parts")
-    if wrong:
-        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise Damaged(f"{folder} is damaged: {'; '.join(wrong[:4])}{more}; {FIX}")
+    raise_damage(folder, wrong)
 
 
 def _fills(tensor: TensorEntry, parts: list[Part]) -> bool:

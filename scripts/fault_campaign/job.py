@@ -118,14 +118,21 @@ def processes(folder: Path) -> list[int]:
     """Every process of a trial that runs, whoever started it; a zombie has ended."""
     mark, found = f"{MARK}={folder}".encode(), []
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark not in (path / "environ").read_bytes().split(b"\0"):
-                continue
+        pid = int(path.name)
+        if mark not in environment(pid):
+            continue
+        with suppress(OSError):  # it has ended meanwhile
             if (path / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
-                found.append(int(path.name))
-        except (OSError, ValueError):
-            continue  # it has ended meanwhile
+                found.append(pid)
     return found
+
+
+def environment(pid: int) -> list[bytes]:
+    """What a process was started with, NAME=value; [] if it has ended or is just being started."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def kill(pid: int) -> None:
