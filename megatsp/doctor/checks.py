@@ -13,8 +13,9 @@ import torch
 
 from megatsp.bench.ranks import num_cores
 from megatsp.doctor import clock, devices, environment, file_systems, kernels, limits, network, versions
+from megatsp.doctor.driver import driver_version
 from megatsp.doctor.finding import PROBLEM, Finding
-from megatsp.training.logs import wandb_mode
+from megatsp.training.wandb_run import wandb_mode
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def _devices(host: Host) -> Iterator[Finding]:
     found = devices.find_devices() if host.on_gpu else []
     ranks = int(host.environment.get("LOCAL_WORLD_SIZE", "0"))
     strangers = devices.find_strangers(len(found))
-    yield from devices.check_devices(found, strangers, devices.driver_version(), ranks)
+    yield from devices.check_devices(found, strangers, driver_version(), ranks)
 
 
 def _kernels(host: Host) -> Iterator[Finding]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from pathlib import Path
 
 import torch
 
@@ -30,12 +29,6 @@ def find_devices() -> list[Device]:
 def find_strangers(count: int) -> list[tuple[int, int]]:
     """Pairs of GPUs of which the first cannot read the other's memory."""
     return [pair for pair in permutations(range(count), 2) if not torch.cuda.can_device_access_peer(*pair)]
-
-
-def driver_version() -> str:
-    """Of the kernel's module; "" where there is none."""
-    files = (Path(f"/sys/module/{name}/version") for name in ("nvidia", "amdgpu"))
-    return next((file.read_text().strip() for file in files if file.is_file()), "")
 
 
 def check_devices(

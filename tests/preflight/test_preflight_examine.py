@@ -1,0 +1,299 @@
+"""Measurements on gloo ranks: right and wrong data, a slow device, a slow link; and the command."""
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_distributed
+from runs import RANK_VARIABLES, ROOT, TINY
+
+from megatsp import cli
+from megatsp.cluster.profiles import Expected
+from megatsp.comm import Comm
+from megatsp.compose import compose
+from megatsp.preflight import command, measure
+from megatsp.preflight import examine as examine_module
+from megatsp.preflight.command import _needed, parse
+from megatsp.preflight.examine import Found, Judging, Kind, examine
+from megatsp.preflight.files import write_names
+from megatsp.preflight.judge import Place, Sample, Verdict
+from megatsp.preflight.measure import Bench, measure_transfer
+from megatsp.preflight.report import as_json, table
+from megatsp.preflight.transfers import Transfer, bus_bytes
+from megatsp.validate import validate
+
+OPERATIONS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "shift", "broadcast", "reduce")
+
+
+class Steps:
+    """A clock that is a step later each time it is read, so that every timing takes one step."""
+
+    def __init__(self, step_s: float) -> None:
+        self._times = itertools.count(0.0, step_s)
+
+    def __call__(self) -> float:
+        return next(self._times)
+
+
+def transfer_results(dtype: str) -> list[list[tuple[float, bool]]]:
+    """On a rank: each operation as it should be, and with one element of what arrives changed."""
+    found: list[list[tuple[float, bool]]] = [[], []]
+    run, comm, bench = measure._run, Comm(dist.group.WORLD), Bench(torch.device("cpu"), 2, Steps(0.5))
+
+    def changed(operation, given, comm):
+        result = run(operation, given, comm)
+        result.view(-1)[-1] += 1
+        return result
+
+    for results, function in zip(found, (run, changed), strict=True):
+        measure._run = function
+        for operation in OPERATIONS:
+            results.append(measure_transfer(Transfer("x", ("tsp",), operation, 1001, dtype), comm, bench))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_operation_is_timed_and_checked(dtype):
+    size = {"fp32": 4, "bf16": 2}[dtype]
+    for rank, (good, bad) in enumerate(run_distributed(transfer_results, 3, dtype)):
+        for operation, (speed, right) in zip(OPERATIONS, good, strict=True):
+            assert right, operation
+            assert speed == pytest.approx(1e-9 * bus_bytes(operation, 1002 * size, 3) / 0.5)
+        nobody_reads = {"reduce"} if rank else set()
+        assert {o for o, (_, right) in zip(OPERATIONS, bad, strict=True) if right} == nobody_reads
+
+
+def on_three_nodes(fault: str, excluding: bool = True, needed: int = 2, expected: Expected = Expected()):  # noqa: B008
+    """On one of six ranks of three nodes: what is found with a fault, told as JSON and as a table."""
+    rank = dist.get_rank()
+    places = [Place(f"n{r // 2}", r % 2, "CPU rank") for r in range(6)]
+    overrides = [
+        *TINY,
+        "launch.nproc=2",
+        "parallel.tsp=2",
+        "parallel.dp_shard=2",
+        "trainer.global_batch_size=8",
+    ]
+    if needed == 3:
+        overrides[-2:] = ["parallel.dp_shard=3", "trainer.global_batch_size=12"]
+    config = validate(compose(overrides), 2 * needed)
+    run, pair = measure._run, examine_module.measure_pair
+
+    def wrong(operation, given, comm):
+        result = run(operation, given, comm)
+        if operation == "all_gather":
+            result.view(-1)[0] += 1
+        return result
+
+    def late(peer, num_bytes, bench):
+        speed, right = pair(peer, num_bytes, bench)
+        return speed / 10, right
+
+    first_time = [True]
+
+    def late_once(peer, num_bytes, bench):
+        speed, right = pair(peer, num_bytes, bench)
+        return speed / (10 if first_time and first_time.pop() else 1), right
+
+    if fault == "burst" and rank == 3:
+        examine_module.measure_pair = late_once
+    if fault == "wrong data" and rank == 0:
+        measure._run = wrong
+    if fault == "slow link" and rank == 3:
+        examine_module.measure_pair = late
+    clock = Steps(5.0 if fault == "slow device" and rank == 3 else 1.0)
+    judging = Judging(expected, 0.7, excluding, 60.0)
+    found = examine(config, places, needed, Bench(torch.device("cpu"), 1, clock), judging)
+    return as_json(found), list(table(found, 2, "none"))
+
+
+def faults() -> list:
+    """On a rank: several examinations in turn."""
+    before = measure._run, examine_module.measure_pair
+    results = []
+    for given in (
+        ("none",), ("slow device",), ("wrong data",), ("slow link",), ("slow device", False),
+        ("slow device", True, 3), ("none", True, 2, Expected(within_node_gb_s=1.0, between_nodes_gb_s=1.0)),
+        ("burst",),
+    ):  # fmt: skip
+        measure._run, examine_module.measure_pair = before
+        results.append(on_three_nodes(*given))
+    return results
+
+
+def test_faults_are_named_and_spares_take_over():
+    every_rank = run_distributed(faults, 6, timeout_s=240)
+    assert all(results == every_rank[0] for results in every_rank)  # all come to the same choice
+    reports, tables = zip(*every_rank[0], strict=True)
+    good, slow, wrong, link, warned, few, below, burst = reports
+    lines, warned_lines = tables[0], tables[4]
+
+    assert good["nodes"] == ["n0", "n1"] and good["spares"] == ["n2"]
+    assert not good["bad"] and not good["warnings"]
+    where = [m["where"] for m in good["measurements"]]
+    assert where == sorted(where, key=["devices", "within nodes", "node to node", "between nodes"].index)
+    assert {"devices", "within nodes", "node to node", "between nodes"} == set(where)
+    between = [m for m in good["measurements"] if m["where"] == "between nodes"]
+    assert between and all(
+        [s["devices"] for s in m["measured"]] == [[["n0", 0], ["n1", 0]], [["n0", 1], ["n1", 1]]]
+        for m in between
+    )
+    assert len(lines) == 2 + len(where) and "measured here, expected by launch.profile=none" in lines[0]
+
+    assert slow["nodes"] == ["n0", "n2"] and slow["replaced"] == {"n1": "n2"} and not slow["spares"]
+    assert list(slow["bad"]) == ["n1"]
+    assert "CPU rank 1: GEMM fp32" in slow["bad"]["n1"][0] and "0.20 of the median" in slow["bad"]["n1"][0]
+    after = [m for m in slow["measurements"] if m["where"] == "between nodes"]
+    assert {place[0] for m in after for s in m["measured"] for place in s["devices"]} == {"n0", "n2"}
+
+    assert wrong["nodes"] == ["n1", "n2"] and list(wrong["bad"]) == ["n0"]
+    assert all(reason.endswith("wrong data") for reason in wrong["bad"]["n0"])
+    assert link["nodes"] == ["n0", "n2"] and list(link["bad"]) == ["n1"]
+    assert "CPU rank 1: hop to the next node" in link["bad"]["n1"][0]
+
+    assert warned["nodes"] == ["n0", "n1"] and not warned["bad"]
+    assert any(line.startswith("n1, CPU rank 1: GEMM") for line in warned["warnings"])
+    assert any(line.startswith("warning: n1, CPU rank 1: GEMM") for line in warned_lines)
+    assert not few["enough"] and few["nodes"] == [] and list(few["bad"]) == ["n1"]
+
+    assert below["nodes"] == ["n0", "n1"] and not below["bad"]  # none of them is to blame
+    assert below["warnings"] and all("most are below what is expected" in line for line in below["warnings"])
+    assert burst["nodes"] == ["n0", "n1"] and not burst["warnings"]  # well when it is measured again
+
+
+def places_of(*names: str) -> list[Place]:
+    return [Place(name, 0) for name in names]
+
+
+def test_which_nodes_are_a_jobs(tmp_path):
+    config = compose(["launch.nproc=2", "launch.nodes=2"])
+    two = places_of("a", "a", "b", "b")
+    assert _needed(config, places_of("a"), None) == (1, 1)
+    assert _needed(config, places_of("a", "a", "b", "b", "c", "c"), None) == (3, 2)
+    for wrong in (places_of("a", "b", "a", "b"), places_of("a", "a", "b")):
+        with pytest.raises(ValueError, match="not numbered node by node"):
+            _needed(config, wrong, None)
+    write_names(tmp_path / "nodes.txt", ["a", "b"])
+    assert _needed(config, two, tmp_path) == (2, 2)
+    assert _needed(config, [*two, *places_of("c", "c")], tmp_path) == (2, 2)
+    with pytest.raises(ValueError, match=r"names a, where no rank is: .*present.txt"):
+        _needed(config, places_of("c", "c", "b", "b"), tmp_path)
+    with pytest.raises(ValueError, match="1 nodes of 2 ranks, but the job has launch.nodes=2"):
+        _needed(config, places_of("a", "a"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fraction", "1.5"], "--fraction 1.5: must be in"),
+        (["--repeats", "0"], "--repeats 0: must be at least 1"),
+        (["--slow", "never"], "invalid choice"),
+        (["--folder", "/nowhere"], "no nodes.txt in it"),
+    ],
+)
+def test_options_that_are_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parse(arguments)
+
+
+def test_mistakes_are_told_before_ranks_start(monkeypatch, tmp_path, capsys):
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cli.launcher, "launch_local", None)  # not reached
+    assert cli.main(["preflight", "parallel.tsp=3", "launch.nproc=2"]) == 2
+    assert "parallel: tsp 3" in capsys.readouterr().err
+    (tmp_path / "nodes.txt").write_text("a\n")
+    assert cli.main(["preflight", "--folder", str(tmp_path)]) == 2
+    assert "--folder is for the ranks of a job" in capsys.readouterr().err
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | more
+
+
+def test_the_command_alone():
+    ran = subprocess.run(
+        [sys.executable, "-m", "megatsp", "preflight", "--json", "--repeats", "1", *TINY, "launch.nproc=2",
+         "parallel.tsp=2"],
+        env=environment(), capture_output=True, text=True, timeout=200, cwd=ROOT,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    assert report["enough"] and len(report["nodes"]) == 1
+    assert all(s["right"] and s["value"] > 0 for m in report["measurements"] for s in m["measured"])
+    assert {m["expected"] for m in report["measurements"]} == {None}
+
+
+def run_in_job(folder: Path, *overrides: str) -> tuple[list[int], list[str], list[str]]:
+    """Two nodes of one rank, of which the job needs one: exit statuses, outputs, errors."""
+    write_names(folder / "nodes.txt", ["n0"])
+    with socket.create_server(("", 0)) as probe:
+        port = probe.getsockname()[1]
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(2):
+            task = environment(
+                SLURM_STEP_ID="1", SLURM_NTASKS="2", SLURM_PROCID=str(rank), SLURM_LOCALID="0",
+                SLURMD_NODENAME=f"n{rank}", MASTER_ADDR="localhost", MASTER_PORT=str(port),
+            )  # fmt: skip
+            processes.append(subprocess.Popen(
+                [sys.executable, "-m", "megatsp", "preflight", "--folder", str(folder), "--repeats", "1",
+                 *TINY, *overrides],
+                env=task, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            ))  # fmt: skip
+        said = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    outputs, errors = zip(*said, strict=True)
+    return [process.returncode for process in processes], list(outputs), list(errors)
+
+
+def test_the_ranks_of_a_job(tmp_path):
+    """The results stand in its folder."""
+    statuses, outputs, errors = run_in_job(tmp_path)
+    assert statuses == [0, 0], errors
+    assert (tmp_path / "nodes.txt").read_text() == "n0\n"
+    report = json.loads((tmp_path / "preflight.json").read_text())
+    assert report["nodes"] == ["n0"] and report["spares"] == ["n1"]
+    assert "node to node" in {m["where"] for m in report["measurements"]}
+    assert "the job runs on 1 node: n0, 1 more to spare" in outputs[0] and not outputs[1]
+
+
+def test_a_mistake_that_all_ranks_of_a_job_make_is_told_once(tmp_path):
+    statuses, _, errors = run_in_job(tmp_path, "launch.nodes=3")
+    assert statuses == [2, 2]
+    assert "2 nodes of 1 ranks, but the job has launch.nodes=3" in errors[0]
+    assert "megatsp: error" not in errors[1]
+
+
+def test_too_few_good_nodes_are_suspected_hardware(tmp_path, monkeypatch, capsys):
+    write_names(tmp_path / "nodes.txt", ["n0"])
+    sample = Sample("GEMM", "TFLOP/s", 1.0, (Place("n0", 3),), right=False)
+    verdict = Verdict({"n0": ["GPU 3: GEMM: wrong data"]})
+    found = Found(["n0"], 1, [Kind("GEMM", "devices", 0, 700.0, [sample])], verdict, None)
+    monkeypatch.setattr(command, "examine", lambda *given: found)
+    for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", SLURMD_NODENAME="n0").items():
+        monkeypatch.setenv(name, value)
+    store = dist.HashStore()
+    join = partial(command.join, store=store, rank=0, world_size=1)
+    monkeypatch.setattr(command, "join", join)
+    try:
+        assert command.run(parse(["--folder", str(tmp_path), *TINY])) == 77
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    said = capsys.readouterr()
+    assert "1 node is needed, but only 0 of the 1" in said.err
+    assert "  n0: GPU 3: GEMM: wrong data\n" in said.err
+    assert json.loads((tmp_path / "preflight.json").read_text())["bad"] == verdict.bad
+    assert (tmp_path / "nodes.txt").read_text() == "n0\n"
