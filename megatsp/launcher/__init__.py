@@ -14,15 +14,18 @@ status then), suspected hardware (77), Ctrl-C (130), or the same exception twice
 failure is shown, alone and in full.
 """
 
-from megatsp.exit_status import INTERRUPTED, USER_ERROR
+from megatsp.exit_status import INTERRUPTED, REQUEUE, USER_ERROR
 from megatsp.launcher.local import launch_local
+from megatsp.launcher.outcome import ATTEMPT_FOLDER
 from megatsp.launcher.rank import LAUNCHER_PID, is_users, run_rank
 from megatsp.launcher.restarts import Restarts
 from megatsp.launcher.signals import requeued
 
 __all__ = [
+    "ATTEMPT_FOLDER",
     "INTERRUPTED",
     "LAUNCHER_PID",
+    "REQUEUE",
     "USER_ERROR",
     "Restarts",
     "is_users",

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
@@ -22,22 +23,51 @@ _GRACE_S = {REQUEUE: 30.0, HANG: 3.0}
 _REAPED_S = 5.0  # until the kernel has taken a killed process away
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """Where this machine stands among those of a job. endpoint: HOST:PORT, at which node 0 listens."""
+
+    index: int
+    count: int
+    endpoint: str
+    timeout_s: int
+
+
 class Agent(LocalElasticAgent):
     """Starts `command` as `nproc` ranks, once; a rank's error file goes under `folder`.
 
-    attempt: 0 for the first one; the ranks' TORCHELASTIC_RESTART_COUNT.
+    attempt: 0 for the first one; the ranks' TORCHELASTIC_RESTART_COUNT. nodes: None for this machine alone.
     ended: the ranks that were killed here, after another one had failed.
     """
 
-    def __init__(self, nproc: int, command: list[str], folder: Path, signals: Signals, attempt: int) -> None:
-        rendezvous = RendezvousParameters(
-            backend="c10d",
-            endpoint="localhost:0",  # any free port
-            run_id=f"megatsp-{os.getpid()}",
-            min_nodes=1,
-            max_nodes=1,
-            local_addr="localhost",  # and not the host's name, which need not resolve
-        )
+    def __init__(
+        self,
+        nproc: int,
+        command: list[str],
+        folder: Path,
+        signals: Signals,
+        attempt: int,
+        nodes: Nodes | None = None,
+    ) -> None:
+        if nodes is None:
+            rendezvous = RendezvousParameters(
+                backend="c10d",
+                endpoint="localhost:0",  # any free port
+                run_id=f"megatsp-{os.getpid()}",
+                min_nodes=1,
+                max_nodes=1,
+                local_addr="localhost",  # and not the host's name, which need not resolve
+            )
+        else:  # nodes are numbered by whoever started them, and not by their names
+            rendezvous = RendezvousParameters(
+                backend="static",
+                endpoint=nodes.endpoint,
+                run_id="megatsp",
+                min_nodes=nodes.count,
+                max_nodes=nodes.count,
+                rank=nodes.index,
+                timeout=nodes.timeout_s,
+            )
         spec = WorkerSpec(
             role="rank",
             local_world_size=nproc,
@@ -46,7 +76,7 @@ class Agent(LocalElasticAgent):
             rdzv_handler=get_rendezvous_handler(rendezvous),
             max_restarts=attempt,
             monitor_interval=0.1,
-            local_addr="localhost",
+            local_addr="localhost" if nodes is None else None,
         )
         super().__init__(spec, DefaultLogsSpecs(log_dir=str(folder)), start_method="spawn")
         self._remaining_restarts = 0  # the next attempt has an agent of its own, and no store of this one's

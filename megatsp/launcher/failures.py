@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatsp.exit_status import FAILURE, HANG, HARDWARE, NOT_SAVED, RETRIED, USER_ERROR
+from megatsp.exit_status import FAILURE, HANG, HARDWARE, INTERRUPTED, NOT_SAVED, REQUEUE, RETRIED, USER_ERROR
 
 _MEANINGS = {
     NOT_SAVED: "could not write the last checkpoint",
     HANG: "made no progress and ended itself",
     HARDWARE: "suspects its machine",
+    REQUEUE: "stopped in good order, to be started again",
+    INTERRUPTED: "was interrupted",
 }
 
 
@@ -20,7 +22,8 @@ _MEANINGS = {
 class Failure:
     """What happened to one rank.
 
-    status: the exit status that the launcher takes from it. detail: of an exception, the traceback.
+    status: the exit status that the launcher takes from it. detail: of an exception, the traceback. host:
+    where it ran, if others did elsewhere.
     """
 
     rank: int
@@ -28,6 +31,7 @@ class Failure:
     headline: str
     detail: str = ""
     was_killed: bool = False
+    host: str = ""
 
     @property
     def may_pass(self) -> bool:
@@ -35,28 +39,37 @@ class Failure:
         return self.was_killed or self.status in RETRIED
 
 
-def failures(codes: Mapping[int, int], folder: Path) -> list[Failure]:
-    """What happened to each failed rank, the cause first.
+def failures(codes: Mapping[int, int], folder: Path, first_rank: int = 0) -> list[Failure]:
+    """What happened to each failed rank of this machine, the cause first.
 
-    A rank whose peer has died fails too, and may even end sooner. So: a killed rank first (what its
-    peers raise comes later), then the exceptions in the order in which they were written down, also
-    those of ranks that had not ended yet.
-
-    codes: exit codes by rank, without the ranks that the launcher ended.
+    codes: exit codes by the ranks' numbers here, without the ranks that the launcher ended; also ranks that
+    had not ended yet may have written down an exception. first_rank: that of number 0.
     """
-    killed, raised, ended = [], [], []
+    found = []
     for file in sorted(folder.rglob("error.json"), key=lambda file: file.stat().st_mtime_ns):
-        rank, error = int(file.parent.name), json.loads(file.read_text())["message"]
-        status = USER_ERROR if codes.get(rank) == USER_ERROR else FAILURE
-        raised.append(Failure(rank, status, error["message"], error["extraInfo"]["py_callstack"]))
-    for rank in sorted(codes.keys() - {failure.rank for failure in raised}):
-        if codes[rank] >= 0:
-            meaning = _MEANINGS.get(codes[rank], f"exited with status {codes[rank]}")
-            ended.append(Failure(rank, codes[rank], meaning))
-        else:
-            headline = f"killed by {signal_name(-codes[rank])}"
-            killed.append(Failure(rank, 128 - codes[rank], headline, was_killed=True))
-    return [*killed, *raised, *ended]
+        number, error = int(file.parent.name), json.loads(file.read_text())["message"]
+        status = USER_ERROR if codes.get(number) == USER_ERROR else FAILURE
+        detail = error["extraInfo"]["py_callstack"]
+        found.append(Failure(first_rank + number, status, error["message"], detail))
+    known = {failure.rank - first_rank for failure in found}
+    found += [ended(first_rank + number, codes[number]) for number in sorted(codes.keys() - known)]
+    return first_causes(found)
+
+
+def ended(rank: int, code: int) -> Failure:
+    """What a rank's exit code alone tells. code: not 0; negative: the signal that killed it."""
+    if code < 0:
+        return Failure(rank, 128 - code, f"killed by {signal_name(-code)}", was_killed=True)
+    return Failure(rank, code, _MEANINGS.get(code, f"exited with status {code}"))
+
+
+def first_causes(found: Sequence[Failure]) -> list[Failure]:
+    """Failures in the order in which they explain each other. found: in the order in which they happened.
+
+    A rank whose peer has died fails too, and may even end sooner. So: a killed rank first (what its peers
+    raise comes later), then the exceptions, then what only ended.
+    """
+    return sorted(found, key=lambda failure: 0 if failure.was_killed else 1 if failure.detail else 2)
 
 
 def show(found: Sequence[Failure]) -> None:

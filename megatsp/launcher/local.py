@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from megatsp.exit_status import INTERRUPTED, REQUEUE, USER_ERROR
 from megatsp.launcher.failures import failures, show, signal_name
+from megatsp.launcher.outcome import ATTEMPT_FOLDER, write_outcome
 from megatsp.launcher.rank import LAUNCHER_PID
 from megatsp.launcher.restarts import Count, Restarts
 from megatsp.launcher.signals import PASSED_ON, Signals, Stopped, restored
 
 if TYPE_CHECKING:
-    from megatsp.launcher.agent import Agent
+    from megatsp.launcher.agent import Agent, Nodes
 
 
 @dataclass
@@ -32,7 +33,9 @@ class _Running:
             agent.kill()
 
 
-def launch_local(nproc: int, command: list[str], restarts: Restarts | None = None) -> int:
+def launch_local(
+    nproc: int, command: list[str], restarts: Restarts | None = None, nodes: "Nodes | None" = None
+) -> int:
     """Runs `command` as `nproc` ranks on this machine, with torchrun's environment variables.
 
     Must be called in the main thread, which it needs for signals.
@@ -40,6 +43,7 @@ def launch_local(nproc: int, command: list[str], restarts: Restarts | None = Non
     Args:
         restarts: of ranks that resume by themselves; None: one attempt, and what SIGTERM or SIGUSR1 ends is
             lost.
+        nodes: the other machines of a job, on which the same is called; None: there are none.
 
     Returns:
         The exit status: 0 if every rank exited 0; otherwise the cause is on stderr. REQUEUE (75) asks for the
@@ -53,7 +57,7 @@ def launch_local(nproc: int, command: list[str], restarts: Restarts | None = Non
         signals = Signals(PASSED_ON if restarts else (signal.SIGINT,), running.kill)
         try:
             while True:
-                status, pause_s = _attempt(nproc, command, signals, running, count, attempt)
+                status, pause_s = _attempt(nproc, command, signals, running, count, attempt, nodes)
                 if pause_s is None:
                     return status
                 signals.wait(pause_s)
@@ -66,14 +70,20 @@ def launch_local(nproc: int, command: list[str], restarts: Restarts | None = Non
 
 
 def _attempt(
-    nproc: int, command: list[str], signals: Signals, running: _Running, count: Count | None, attempt: int
+    nproc: int,
+    command: list[str],
+    signals: Signals,
+    running: _Running,
+    count: Count | None,
+    attempt: int,
+    nodes: "Nodes | None",
 ) -> tuple[int, float | None]:
     """Runs the ranks once: the exit status, and how long to wait before they start again, or None."""
     from megatsp.launcher.agent import Agent
 
     with tempfile.TemporaryDirectory(prefix="megatsp_") as name:
         folder = Path(name)
-        agent = Agent(nproc, command, folder, signals, attempt)
+        agent = Agent(nproc, command, folder, signals, attempt, nodes)
         running.agents = [agent]
         try:
             result = agent.run()
@@ -81,11 +91,16 @@ def _attempt(
             running.agents = []
             agent.close()
         assert result is not None
-        codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+        first = nodes.index * nproc if nodes else 0  # torch names ranks by their numbers among all
+        codes = {rank - first: failure.exitcode for rank, failure in result.failures.items()}
         if not codes:
             return 0, None
         killed_here = {rank for rank in agent.ended if codes.get(rank) == -signal.SIGKILL}
-        found = failures({rank: code for rank, code in codes.items() if rank not in killed_here}, folder)
+        own = {rank: code for rank, code in codes.items() if rank not in killed_here}
+        found = failures(own, folder, first)
+    if attempt_folder := os.environ.get(ATTEMPT_FOLDER):
+        for failure in found:
+            write_outcome(Path(attempt_folder), failure)
     if signals.is_hard:
         return _stopped(signals, False), None
     if signals.first == signal.SIGINT and {INTERRUPTED, -signal.SIGINT} & {*codes.values()}:
@@ -94,7 +109,8 @@ def _attempt(
         return REQUEUE, None
     if signals.first and -signals.first in codes.values():  # it came before they listened, or they never do
         return _stopped(signals, count is not None), None
-    show(found)
+    if not attempt_folder:  # a job shows the cause among all its nodes
+        show(found)
     cause = found[0]
     if count is None or cause.status == USER_ERROR:
         return cause.status, None

@@ -6,9 +6,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from megatsp.exit_status import FAILURE, USER_ERROR
+from megatsp.exit_status import FAILURE, REQUEUE, USER_ERROR
+from megatsp.launcher.failures import Failure, ended
+from megatsp.launcher.outcome import ATTEMPT_FOLDER, write_outcome
 
 LAUNCHER_PID = "MEGATSP_LAUNCHER_PID"  # in a rank's environment: the process that started it
 _PR_SET_PDEATHSIG = 1
@@ -22,19 +25,49 @@ def run_rank(work: Callable[[], int]) -> NoReturn:
     success a gloo thread that still lets go of a tensor then aborts it (seen with torch 2.13).
     """
     ours = _die_with_launcher()
+    attempt = os.environ.get(ATTEMPT_FOLDER)
+    if attempt:
+        _log_to(Path(attempt))
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    failure: Failure | None = None
+    rank = int(os.environ.get("RANK", "0"))
     try:
         status = record(work)() or 0
+        failure = ended(rank, status) if status else None
     except Exception as error:
         status = USER_ERROR if is_users(error) else FAILURE
-        if not ours and status == USER_ERROR:
+        said = str(error) if status == USER_ERROR else ""
+        headline = said or f"{type(error).__name__}: {error}"
+        failure = Failure(rank, status, headline, "".join(traceback.format_exception(error)))
+        if ours and not attempt:
+            pass  # the launcher shows it
+        elif status == USER_ERROR:
             print(f"megatsp: error: {error}", file=sys.stderr)
-        elif not ours:
+        else:
             traceback.print_exception(error)
+    if attempt and failure is not None:
+        is_written = write_outcome(Path(attempt), failure)
+        if status == REQUEUE and is_written:  # srun would kill the others, who are about to say the same
+            status = 0
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _log_to(folder: Path) -> None:
+    """Sends what this rank says, and its libraries, to a file of its own."""
+    name = folder / f"rank_{int(os.environ.get('RANK', '0')):05d}.log"
+    try:
+        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        print(f"megatsp: {name} cannot be written: {error.strerror}; this rank logs here", flush=True)
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
 
 
 def is_users(error: BaseException) -> bool:

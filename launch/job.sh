@@ -1,0 +1,162 @@
+# shellcheck shell=bash disable=SC2154  # the head sets what is not set here
+# The body of every job: `megatsp launch slurm` puts it below the head that it makes of the configuration.
+#
+# The head sets name, folder, run, nodes, nproc, tasks, mesh, preflight, port, restarts, backoff_s, requeues,
+# device, python, and the arrays container and command. Bash does what takes Slurm's commands; what
+# follows an attempt, `python -m megatsp.jobs.attempt` decides (megatsp/jobs/judge.py).
+set -uo pipefail
+export PYTHONUNBUFFERED=1 MEGATSP_NPROC=$nproc
+
+job=$folder/job_$SLURM_JOB_ID
+first_port=$((port ? port : 15000 + SLURM_JOB_ID * 30 % 15000))
+asked= # the signal by which Slurm asked the job to end
+step=  # the process of the step that runs
+
+say() { echo "megatsp: $(date +%H:%M:%S): $*"; }
+inside() { "${container[@]}" "$python" -m "$@"; }
+state() { # while a job ends, Slurm says so, and of a time limit alone why
+    local found
+    found=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' \(JobState\|Reason\)=[^ ]*' | tr -d '\n')
+    case $found in
+    *COMPLETING*TimeLimit*) echo TIMEOUT ;;
+    *COMPLETING*) echo CANCELLED ;;
+    *) found=${found#* JobState=} && echo "${found%% *}" ;;
+    esac
+}
+address() { scontrol show node "$1" --oneliner | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2; }
+down() { sinfo --noheader --Node --states=down,fail,no_respond --format=%N | sort -u | tr '\n' ' '; }
+
+heed() { # passes a signal on to the ranks, as a request to save and to end
+    heard=yes
+    asked=$1
+    [[ -n $step ]] || return
+    if [[ $1 == TERM && $(state) == TIMEOUT ]]; then # they were not done in time: Slurm kills them, and this script
+        kill -KILL "$step" 2>/dev/null
+    else
+        kill -USR1 "$step" 2>/dev/null
+    fi
+}
+trap 'heed USR1' USR1 # so long before the time limit: launch.slurm.signal_s
+trap 'heed TERM' TERM # preemption
+
+# Runs a step, and heeds signals meanwhile; srun.log is what the last one said.
+run() {
+    local status
+    "$@" 2> >(tee "$attempt/srun.log" >&2) &
+    step=$!
+    [[ ! $asked ]] || kill -USR1 "$step" 2>/dev/null # it came while the step was made
+    while :; do
+        heard=
+        wait "$step"
+        status=$?
+        [[ $heard ]] || break
+    done
+    step=
+    return "$status"
+}
+
+# Runs a command on the nodes that a file lists, in so many tasks each. The first that fails ends all others,
+# unless they are to wait for it.
+on_nodes() { # FILE TASKS [--wait=SECONDS] COMMAND...
+    local file=$1 tasks=$2 together=(--kill-on-bad-exit=1)
+    shift 2
+    [[ $1 != --wait=* ]] || { together=(--kill-on-bad-exit=0 "$1") && shift; }
+    local cores=$((SLURM_CPUS_ON_NODE / tasks))
+    run srun --nodes="$(wc -l <"$file")" --nodelist="$(paste -sd, "$file")" --ntasks-per-node="$tasks" \
+        --ntasks=$(($(wc -l <"$file") * tasks)) --cpus-per-task=$((cores ? cores : 1)) \
+        --distribution=block "${together[@]}" --no-kill=off --export=ALL "${container[@]}" "$python" -m "$@"
+}
+
+# Chooses the nodes of an attempt; nodes.txt lists them.
+choose_nodes() {
+    local needed=(--nodes "$nodes" --ranks-per-node "$nproc" --mesh "$mesh" --folder "$attempt")
+    if [[ $preflight == none ]]; then
+        head -n "$nodes" "$attempt/live.txt" >"$attempt/nodes.txt"
+        return
+    fi
+    [[ $device == cpu ]] || needed+=(--devices)
+    meet_at "$attempt/live.txt" 0
+    local found=0
+    on_nodes "$attempt/live.txt" "$nproc" --wait=420 megatsp.preflight.roll_call --timeout 300 \
+        --address "$MASTER_ADDR:$MASTER_PORT" "${needed[@]}" || found=$?
+    # What it wrote counts, and not what became of the tasks of bad nodes.
+    [[ -s $attempt/nodes.txt ]] || return "$((found ? found : 1))"
+    if [[ $preflight == full && ! $asked ]]; then
+        local same=("${command[@]:1}")
+        [[ ${command[0]} != sft ]] || same+=(--sft)
+        meet_at "$attempt/present.txt" 1
+        on_nodes "$attempt/present.txt" "$nproc" megatsp preflight --folder "$attempt" "${same[@]}" || return
+    fi
+}
+
+# The first of the nodes that a file lists is where ranks meet, at a port where nobody else answers.
+meet_at() { # FILE 0-2
+    MASTER_ADDR=$(address "$(head -n 1 "$1")")
+    local tried
+    for tried in {0..9}; do
+        MASTER_PORT=$((first_port + 3 * ((number + tried) % 10) + $2))
+        timeout 2 bash -c ": >/dev/tcp/$MASTER_ADDR/$MASTER_PORT" 2>/dev/null || break
+    done
+    export MASTER_ADDR MASTER_PORT
+}
+
+# Trains on the chosen nodes, once.
+train() {
+    meet_at "$attempt/nodes.txt" 2
+    case $tasks in
+    node) MEGATSP_ATTEMPT_FOLDER=$attempt on_nodes "$attempt/nodes.txt" 1 megatsp.jobs.node "${command[@]}" ;;
+    gpu) MEGATSP_ATTEMPT_FOLDER=$attempt on_nodes "$attempt/nodes.txt" "$nproc" megatsp "${command[@]}" ;;
+    esac
+}
+
+# Puts the job back into the queue, which ends this script.
+requeue() { # NODES to keep off, or -
+    trap '' TERM USR1
+    local off
+    off=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2)
+    off=$(printf '%s\n' "${off#(null)}" "${1#-}" | grep . | paste -sd,)
+    [[ ! -e $job/cancel ]] || exit 130
+    scontrol requeue "$SLURM_JOB_ID" || { say "Slurm did not requeue the job: start it again yourself"; exit 75; }
+    # While Slurm clears up after a lost node it takes no changes: the next start looks at its nodes itself.
+    [[ ${1#-} == '' ]] || timeout 5 scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$off"
+    exit 75
+}
+
+say "job $SLURM_JOB_ID ($name), start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"
+known=(--job "$job" --number "$SLURM_JOB_ID" --run "$run" --nodes "$nodes" --restarts "$restarts"
+    --backoff-s "$backoff_s" --requeues "$requeues" --restart "${SLURM_RESTART_COUNT:-0}")
+while :; do
+    read -r action answer < <(
+        inside megatsp.jobs.attempt begin "${known[@]}" --down "$(down)" \
+            --allocated "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')"
+    )
+    if [[ $action == go ]]; then
+        attempt=$answer
+        number=${attempt##*_}
+        status=0
+        [[ $asked ]] || choose_nodes || status=$?
+        ran=
+        if [[ ! $asked && $status == 0 ]]; then
+            ran=--ran
+            [[ ${command[0]} == preflight ]] || train || status=$?
+        fi
+        sleep 0.1 # what srun said last may still be on its way into its log
+        read -r action answer < <(
+            inside megatsp.jobs.attempt end "${known[@]}" --down "$(down)" --state "$(state)" \
+                --attempt "$number" --status "$status" --asked "$asked" ${ran:+"$ran"}
+        )
+    fi
+    case ${action:-} in
+    done | lost) exit 0 ;;
+    again)
+        sleep "$answer" &
+        wait $! # a signal ends it
+        ;;
+    requeue) requeue "$answer" ;;
+    stop) exit "$answer" ;;
+    *)
+        say "nobody could say what comes next: it stops here"
+        exit 1
+        ;;
+    esac
+done

@@ -1,0 +1,166 @@
+"""What comes after an attempt of a job: a pure function of how it ended, and of the attempts before it.
+
+how it ended                                   what follows
+every rank with 0                              done
+Slurm has requeued or ended the job itself     lost
+cancelled; a user's mistake; a failed save     stop
+in good order, as asked or by its own limit    requeue; stop, if two in a row got nowhere
+a node is lost, unfit or suspected             without it: again on spare nodes, or else requeue
+a first preflight finds too few fit nodes      stop
+any other failure                              again; stop, if it is the last one's and got nowhere
+
+Got nowhere: no new checkpoint. `again` starts in the same allocation; requeue gives it back and waits for
+another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatsp.exit_status import FAILURE, HARDWARE, INTERRUPTED, NOT_SAVED, REQUEUE, USER_ERROR
+from megatsp.jobs.attempts import Attempt
+from megatsp.launcher.failures import Failure
+
+_FINAL = {
+    USER_ERROR: "a mistake that another attempt would repeat",
+    NOT_SAVED: "the last checkpoint could not be written: make room before you start again",
+    INTERRUPTED: "it was interrupted",
+}
+# Slurm's words for a job's state.
+CANCELLED = "CANCELLED"
+ITS_OWN = ("RUNNING", "COMPLETING", "TIMEOUT", "")  # in which the job may still say what comes next
+
+
+@dataclass(frozen=True)
+class Limits:
+    """launch.nodes, launch.max_restarts, restart_backoff_s and launch.slurm.max_requeues."""
+
+    nodes: int
+    restarts: int
+    backoff_s: float
+    requeues: int
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt ended.
+
+    status: of the step, or of what failed before it. has_run: what the job is for was started. outcomes: of
+    its ranks, the cause first. said: what srun said of its tasks, the cause first, for ranks that could say
+    nothing. asked: the signal by which Slurm asked it to end, or "". state: of the job, as Slurm calls it.
+    down: nodes of the job that are lost, or on which no task started. unfit: those that the preflight
+    refused. iteration: of the newest checkpoint.
+    """
+
+    status: int
+    has_run: bool
+    outcomes: Sequence[Failure]
+    said: Sequence[str]
+    asked: str
+    state: str
+    is_cancelled: bool
+    down: Sequence[str]
+    unfit: Sequence[str]
+    iteration: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows an attempt.
+
+    action: done, stop, again, requeue or lost. why: for the job's log. cause: what failed, in a line, or "".
+    status: of the job, if it stops. pause_s: before the next attempt in this allocation. away: nodes that no
+    later attempt may use.
+    """
+
+    action: str
+    why: str
+    cause: str = ""
+    status: int = 0
+    pause_s: float = 0.0
+    away: tuple[str, ...] = ()
+
+
+def judge(end: End, before: Sequence[Attempt], now: Attempt, limits: Limits) -> Verdict:
+    """What comes after the attempt `now`, which `end` ended. before: the job's attempts before it, closed."""
+    failed = [outcome for outcome in end.outcomes if outcome.status != REQUEUE]
+    in_order = any(outcome.status == REQUEUE for outcome in end.outcomes) and not failed
+    if end.is_cancelled or end.state == CANCELLED:
+        return Verdict("stop", "the job was cancelled", status=INTERRUPTED)
+    cause = _cause(end, failed)
+    if end.state not in ITS_OWN:
+        down = tuple(name for name in end.down if name in now.nodes)
+        return Verdict("lost", f"Slurm has taken the job away ({end.state})", cause, away=down)
+    # srun may say 0 where its own node is lost.
+    is_whole = not end.outcomes and not end.down and not end.said
+    if end.status == 0 and end.has_run and is_whole:
+        return Verdict("done", "every rank ended with 0")
+    has_saved = end.iteration > now.iteration_before
+    status = failed[0].status if failed else end.status or FAILURE
+    if failed and status in _FINAL:
+        return Verdict("stop", _FINAL[status], cause, status)
+    if not failed and not end.down and end.status == USER_ERROR:
+        return Verdict("stop", _FINAL[USER_ERROR], cause, status)
+    if not failed and not end.down and end.status == HARDWARE and not before:
+        return Verdict("stop", "the preflight found too few nodes that are fit", cause, status)
+    if in_order or (end.asked and not end.down):
+        return _after_good_order(end, before, now, limits, has_saved, cause)
+
+    suspects = (one.host for one in failed if one.status == HARDWARE and one.host)
+    away = [*end.down, *end.unfit, *suspects]
+    away = [name for name in dict.fromkeys(away) if name in now.nodes]
+    gone = f"without {', '.join(away)}" if away else ""
+    last = before[-1] if before else None
+    if last and last.cause == cause and not has_saved and not last.has_saved and not away:
+        return Verdict("stop", "the same failure twice in a row, without a new checkpoint", cause, status)
+    in_a_row = _in_a_row(before) if not has_saved else 0
+    if in_a_row >= limits.restarts:
+        why = f"{in_a_row} restarts in a row brought no new checkpoint (launch.max_restarts)"
+        return Verdict("stop", why, cause, status)
+    if len(now.nodes) - len(away) < limits.nodes:
+        return _requeue(f"{gone}: too few of its nodes are left", now, limits, cause, status, tuple(away))
+    pause_s = min(300.0, limits.backoff_s * 2.0**in_a_row)
+    why = f"it starts again {gone + ' ' if gone else ''}in {pause_s:g} s"
+    return Verdict("again", why, cause, status, pause_s, tuple(away))
+
+
+def _after_good_order(
+    end: End, before: Sequence[Attempt], now: Attempt, limits: Limits, has_saved: bool, cause: str
+) -> Verdict:
+    last = before[-1] if before else None
+    if not has_saved and last and last.action == "requeue" and not last.has_saved and not last.away:
+        why = "two attempts in a row had to end before their first save: the time limit is too short"
+        return Verdict("stop", why, cause, REQUEUE)
+    asked = f"Slurm asked it to end ({end.asked})" if end.asked else "it reached its own limit"
+    return _requeue(asked, now, limits, cause, REQUEUE, ())
+
+
+def _requeue(
+    why: str, now: Attempt, limits: Limits, cause: str, status: int, away: tuple[str, ...]
+) -> Verdict:
+    if now.restart >= limits.requeues:
+        limit = f"it was requeued {now.restart} times (launch.slurm.max_requeues)"
+        return Verdict("stop", f"{why}, but {limit}", cause, status, away=away)
+    return Verdict("requeue", why, cause, status, away=away)
+
+
+def _cause(end: End, failed: Sequence[Failure]) -> str:
+    """What failed, in a line that is the same whenever the same thing fails."""
+    if end.down:
+        return f"lost {', '.join(end.down)}"
+    if failed:
+        return f"rank {failed[0].rank}: {failed[0].headline.splitlines()[0]}"
+    if end.unfit and end.status == HARDWARE:
+        return f"the preflight refused {', '.join(end.unfit)}"
+    if end.said:
+        return end.said[0]
+    return f"no rank says why it ended; exit status {end.status}" if end.status else ""
+
+
+def _in_a_row(before: Sequence[Attempt]) -> int:
+    """Restarts in this allocation since the last new checkpoint."""
+    count = 0
+    for attempt in reversed(before):
+        if attempt.action != "again" or attempt.has_saved:
+            break
+        count += 1
+    return count

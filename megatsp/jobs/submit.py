@@ -1,0 +1,246 @@
+"""From arguments to a submitted job: composed, checked, written, handed to sbatch."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatsp.cluster.mesh import placement_errors
+from megatsp.compose import compose
+from megatsp.data.source_list import read_sources
+from megatsp.jobs.script import TASK, Job, script
+from megatsp.launch_rules import SECRET
+from megatsp.schema import AXES, Config
+from megatsp.training.wandb_login import check_login
+from megatsp.validate import validate
+
+COMMANDS = ("train", "sft", "preflight")
+_OF_ONE_HOST = ("tmpfs", "ramfs", "rootfs")  # file systems that no other node can see
+_DEPENDENCY = re.compile(r"(after|afterany|afterok|afternotok|aftercorr|singleton)\b.*")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job, and the run folders of its tasks by their number in the array ("" without one)."""
+
+    job: Job
+    runs: dict[str, Path]
+    configs: tuple[Config, ...]
+
+
+def plan(command: str, arguments: Sequence[str], array: str, after: str) -> Planned:
+    """The job that arguments of `megatsp train`, sft or preflight ask for; nothing is written.
+
+    array: as sbatch takes it, or "". after: numbers of jobs, or a dependency as sbatch takes it.
+
+    Raises:
+        ValueError: arguments that cannot be used, or a mesh that does not fit the nodes.
+    """
+    overrides, config_dir = _split(arguments)
+    tasks = array_tasks(array) if array else [""]
+    held = [text for text in overrides if TASK in text]
+    if held and not array:
+        raise ValueError(f"{held[0]}: {TASK} is the number of an array's task: give --array, or a value")
+    runs, configs = {}, []
+    for task in tasks:
+        config = compose(
+            [text.replace(TASK, task) for text in overrides],
+            Path(config_dir) if config_dir else None,
+            "sft" if command == "sft" else "train",
+        )
+        config = validate(config, config.launch.nodes * config.launch.nproc)
+        if command == "preflight" and config.launch.preflight == "none":
+            raise ValueError(
+                "launch.preflight=none: a job of preflight examines its nodes; use full or quick"
+            )
+        runs[task] = Path(config.output_dir).expanduser().absolute() / config.name
+        configs.append(config)
+    first = configs[0]
+    _check_tasks(runs, configs)
+    sizes = {axis: getattr(first.parallel, axis) for axis in AXES}
+    if errors := placement_errors(sizes, first.launch.nproc):
+        raise ValueError("\n  - ".join(["the mesh does not fit the nodes:", *errors]))
+    slurm = first.launch.slurm
+    _check_secrets([*arguments, *slurm.setup, *slurm.options, slurm.container])
+    run = f"{Path(first.output_dir).expanduser().absolute()}/{_name(overrides, first)}"
+    job = Job(
+        first,
+        command,
+        tuple(arguments),
+        run,
+        str(Path.cwd()),
+        "python3" if first.launch.slurm.container else sys.executable,
+        array,
+        _dependency(after),
+    )
+    return Planned(job, runs, tuple(configs))
+
+
+def submit(planned: Planned) -> str:
+    """Hands the job to sbatch; returns what the user is to know of it.
+
+    Raises:
+        ValueError: there is no sbatch, W&B or Slurm refuses, or the run's folder cannot be used.
+    """
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        raise ValueError(
+            "sbatch is not on the PATH: submit from a login node of the cluster; --dry-run prints the job "
+            "script, and launch local or torchrun needs no Slurm"
+        )
+    job = planned.job
+    warnings = []
+    if job.command != "preflight":
+        warnings += [check_login(job.config), *_missing_data(planned.configs)]
+    for run in planned.runs.values():
+        check_folder(run, job.config.launch.nodes + job.config.launch.spare_nodes)
+    first = next(iter(planned.runs.values())) / "slurm"
+    draft = first / f".job.{os.getpid()}.sh"
+    draft.write_text(script(job))
+    try:
+        result = subprocess.run([sbatch, "--parsable", str(draft)], capture_output=True, text=True)
+        if result.returncode:
+            said = (result.stderr + result.stdout).strip()
+            raise ValueError(f"Slurm refused the job:\n{said}")
+        number = result.stdout.strip().split(";")[0]
+        for task, run in planned.runs.items():
+            shutil.copy(draft, run / "slurm" / f"job_{number}{'_' * bool(task)}{task}.sh")
+    finally:
+        draft.unlink()
+    return _submitted(planned, number, "\n".join(filter(None, [*warnings, result.stderr.strip()])))
+
+
+def _missing_data(configs: Sequence[Config]) -> list[str]:
+    """A warning for each source that is not seen from here; the nodes may see more."""
+    sources = {source for config in configs for source in read_sources(config.data.path)[1]}
+    missing = sorted(s for s in sources if not Path(f"{s}.idx").exists() and not Path(s).is_dir())
+    return [f"warning: data.path: {source} is not there, seen from here" for source in missing]
+
+
+def check_folder(run: Path, nodes: int) -> None:
+    """Makes the run's folder of jobs, and checks that it is written to, and seen by other nodes if need be.
+
+    Raises:
+        ValueError: it is not.
+    """
+    folder = run / "slurm"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another output_dir=") from error
+    kind = _file_system(folder)
+    if nodes > 1 and kind in _OF_ONE_HOST:
+        raise ValueError(
+            f"{folder} lies on {kind}, which the other nodes do not see: give a shared folder, output_dir=..."
+        )
+
+
+def array_tasks(array: str) -> list[str]:
+    """The numbers of an array's tasks. array: as sbatch takes it: 0-3, 1,5,9, 0-15:4, with %2 at its end.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    wrong = ValueError(f"--array {array}: give numbers as sbatch takes them, such as 0-3, 1,5,9 or 0-15:4%2")
+    if not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%[1-9]\d*)?", array):
+        raise wrong
+    tasks: list[str] = []
+    for part in array.partition("%")[0].split(","):
+        first, last, step = re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part).groups()  # type: ignore[union-attr]
+        if int(step or 1) == 0 or int(last or first) < int(first):
+            raise wrong
+        tasks += map(str, range(int(first), int(last or first) + 1, int(step or 1)))
+    return list(dict.fromkeys(tasks))
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], str]:
+    """The overrides, and the folder of --config-dir or ""."""
+    from megatsp.parser import Parser
+
+    parser = Parser("megatsp launch slurm")
+    parser.add_argument("--config-dir", default="")
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_intermixed_args(list(arguments))
+    return given.overrides, given.config_dir
+
+
+def _name(overrides: Sequence[str], config: Config) -> str:
+    """The run's name with the array's `%a` in it."""
+    given = [text.partition("=")[2] for text in overrides if text.startswith("name=")]
+    return given[-1] if given and TASK in given[-1] else config.name
+
+
+def _check_tasks(runs: dict[str, Path], configs: Sequence[Config]) -> None:
+    if len({*runs.values()}) < len(runs):
+        raise ValueError(
+            f"tasks of an array would share a folder: give name=...{TASK}, which tells them apart"
+        )
+    first = configs[0]
+    for config in configs[1:]:
+        same_mesh = all(getattr(config.parallel, axis) == getattr(first.parallel, axis) for axis in AXES)
+        if config.launch != first.launch or config.output_dir != first.output_dir or not same_mesh:
+            raise ValueError(
+                f"tasks of an array share their nodes: {TASK} cannot change launch.*, the mesh or output_dir"
+            )
+
+
+def _check_secrets(texts: Sequence[str]) -> None:
+    """Refuses what would write a secret of the environment into the job's script, which others may read."""
+    for text in texts:
+        for name, value in os.environ.items():
+            if SECRET.search(name) and len(value) >= 8 and value in text:
+                raise ValueError(
+                    f"an argument holds the value of {name}, and would write it into the job's script: leave "
+                    "it out; jobs get your environment from Slurm"
+                )
+
+
+def _dependency(after: str) -> str:
+    if not after or _DEPENDENCY.fullmatch(after):
+        return after
+    if re.fullmatch(r"\d+(,\d+)*", after):
+        return f"afterany:{after.replace(',', ':')}"
+    raise ValueError(f"--after {after}: give numbers of jobs, or a dependency such as afterok:1234")
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of file system that a folder lies on; "" where /proc does not say."""
+    best, kind = "", ""
+    try:
+        mounts = Path("/proc/self/mounts").read_text().splitlines()
+    except OSError:
+        return ""
+    for mount in mounts:
+        _, point, found = mount.split()[:3]
+        inside = folder.resolve() == Path(point) or Path(point) in folder.resolve().parents
+        if inside and len(point) >= len(best):
+            best, kind = point, found
+    return kind
+
+
+def _submitted(planned: Planned, number: str, warnings: str) -> str:
+    job, launch = planned.job, planned.job.config.launch
+    spare = f" and {launch.spare_nodes} spare" if launch.spare_nodes else ""
+    tasks = f", {len(planned.runs)} tasks" if job.array else ""
+    rows = [
+        f"submitted job {number}: {job.command} on {launch.nodes}{spare} nodes x {launch.nproc} ranks{tasks}"
+    ]
+    for task, run in planned.runs.items():
+        own = f"{number}{'_' * bool(task)}{task}"
+        rows += [
+            f"  run     {run}",
+            f"  script  {run}/slurm/job_{own}.sh",
+            f"  log     {run}/slurm/job_{number if not task else '*'}.log",
+            f"  ranks   {run}/slurm/job_{number if not task else '*'}/attempt_*/rank_*.log",
+        ]
+    if warnings:
+        rows.append(warnings)
+    rows.append(f"megatsp launch status {next(iter(planned.runs.values()))}")
+    return "\n".join(rows)

@@ -1,0 +1,229 @@
+"""What is refused before a job is submitted, and what is said once it is."""
+
+import os
+import stat
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from runs import overrides
+
+from megatsp import cli
+from megatsp.jobs.submit import array_tasks, check_folder, plan
+
+JOB = ("launch.nodes=2", "launch.nproc=2", "parallel.tsp=2", "launch.device=cpu")
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    return overrides(tmp_path / "corpus", tmp_path / "runs", *JOB)
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A stand-in for sbatch on the PATH, which runs these lines of shell."""
+
+    def install(*lines: str) -> Path:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        file = folder / "sbatch"
+        file.write_text("\n".join(["#!/bin/sh", *lines]))
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        return folder
+
+    return install
+
+
+def launch(*arguments: str) -> int:
+    return cli.main(["launch", "slurm", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("array", "tasks"),
+    [("0-3", "0 1 2 3"), ("1,5,9%2", "1 5 9"), ("0-8:4", "0 4 8"), ("3", "3"), ("1,1-2", "1 2")],
+)
+def test_tasks_of_an_array(array: str, tasks: str) -> None:
+    assert array_tasks(array) == tasks.split()
+
+
+@pytest.mark.parametrize("array", ["", "a", "3-1", "1-4:0", "1,,2", "0-3%", "-1"])
+def test_an_unreadable_array_is_refused(array: str) -> None:
+    with pytest.raises(ValueError, match="give numbers as sbatch takes them"):
+        array_tasks(array)
+
+
+def test_a_submitted_job_leaves_its_script_and_says_where_to_look(arguments, sbatch, tmp_path, capsys):
+    folder = sbatch(f'cp "$2" {tmp_path}/given.sh', "echo '4711;cluster'")
+    assert launch(*arguments) == 0
+    said = capsys.readouterr().out
+    run = tmp_path / "runs" / "run"
+    assert "submitted job 4711: train on 2 nodes x 2 ranks" in said
+    assert f"megatsp launch status {run}" in said
+    given = (tmp_path / "given.sh").read_text()
+    assert (run / "slurm" / "job_4711.sh").read_text() == given
+    assert [path.name for path in (run / "slurm").iterdir()] == ["job_4711.sh"]
+    capsys.readouterr()
+    assert launch("--dry-run", *arguments) == 0
+    assert capsys.readouterr().out == given
+    assert folder.is_dir()
+
+
+def test_each_task_of_an_array_has_a_folder_of_its_own(arguments, sbatch, tmp_path, capsys):
+    sbatch("echo 12")
+    assert launch("--array", "1-2", *arguments, "name=seed%a", "trainer.seed=%a") == 0
+    for task in "12":
+        assert (tmp_path / "runs" / f"seed{task}" / "slurm" / f"job_12_{task}.sh").is_file()
+    assert "2 tasks" in capsys.readouterr().out
+
+
+def test_data_that_is_not_seen_is_warned_of(arguments, sbatch, capsys, tmp_path):
+    sbatch("echo 12")
+    assert launch(*arguments, f"data.path={tmp_path}/missing") == 0
+    assert f"warning: data.path: {tmp_path}/missing is not there" in capsys.readouterr().out
+
+
+def test_slurms_refusal_is_shown_whole(arguments, sbatch, tmp_path, capsys):
+    sbatch(
+        "echo 'sbatch: error: invalid partition specified: nope' >&2",
+        "echo 'sbatch: error: second' >&2",
+        "exit 1",
+    )
+    assert launch(*arguments, "launch.slurm.partition=nope") == 2
+    said = capsys.readouterr().err
+    assert "sbatch: error: invalid partition specified: nope\nsbatch: error: second" in said
+    assert list((tmp_path / "runs" / "run" / "slurm").iterdir()) == []
+
+
+def test_without_sbatch_it_says_what_else_there_is(arguments, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launch(*arguments) == 2
+    assert "sbatch is not on the PATH" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["launch.nproc=3"], "3"),
+        (["parallel.tsp=4"], "do not divide the 2 of one (launch.nproc)"),
+        (["launch.profile=mi300"], "mi300x_roce"),
+        (["launch.slurm.tasks=core"], "choose one of node, gpu"),
+        (["launch.slurm.partitoin=a"], "launch.slurm.partition"),
+        (["launch.slurm.time=tomorrow"], "hours:minutes:seconds"),
+        (["launch.slurm.account='a b'"], "one word"),
+        (["launch.slurm.port=80"], "at least 1024"),
+        (["launch.slurm.options=['mail']"], "no option of sbatch"),
+        (["launch.slurm.container='apptainer \"exec'"], "no closing quotation"),
+        (["launch.slurm.setup=['export WANDB_API_KEY=abcdef']"], "WANDB_API_KEY"),
+        (["launch.slurm.container='env HF_TOKEN=abc x'"], "HF_TOKEN"),
+        (["launch.slurm.setup=['wandb login abc123']"], "a key"),
+        (["launch.slurm.options=['--comment=hf_abcdefghijklmnopqrstuvwxyz']"], "a key"),
+        (["launch.slurm.options=['--output=x']"], "leave it out"),
+        (["launch.slurm.options=['--time=1']"], "use launch.slurm.time"),
+        (["launch.slurm.time=0:04:00"], "launch.slurm.signal_s=300"),
+        (["--array", "0-1%0", "name=a%a"], "as sbatch takes them"),
+        (["name=a%a"], "give --array"),
+        (["--array", "0-1"], "would share a folder"),
+        (["--array", "1-2", "name=a%a", "launch.nproc=%a"], "cannot change launch"),
+        (["--array", "one"], "as sbatch takes them"),
+        (["--after", "yesterday"], "numbers of jobs"),
+        (["--dryrun"], "megatsp launch slurm --help"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_it_is_submitted(
+    arguments, sbatch, tmp_path, more, message, capsys
+):
+    sbatch(f"touch {tmp_path}/submitted", "echo 1")
+    assert launch(*arguments, *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "submitted").exists() and not (tmp_path / "runs").exists()
+
+
+def test_the_value_of_a_secret_is_refused_and_not_shown(arguments, sbatch, monkeypatch, capsys):
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t-s3cr3t")
+    sbatch("echo 1")
+    assert launch(*arguments, "logging.wandb_project=s3cr3t-s3cr3t") == 2
+    said = capsys.readouterr()
+    assert "MY_TOKEN" in said.err and "s3cr3t" not in said.err + said.out
+
+
+def test_a_dead_wandb_key_is_found_at_submission(arguments, sbatch, tmp_path, monkeypatch, capsys):
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_error(401)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    key = "0123456789abcdef" * 2 + "01234567"
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    sbatch(f"touch {tmp_path}/submitted", "echo 1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+            assert launch(*arguments, "logging.wandb=online") == 2
+        finally:
+            server.shutdown()
+            thread.join()
+    said = capsys.readouterr().err
+    assert "WANDB_API_KEY" in said and key not in said
+    assert not (tmp_path / "submitted").exists() and not (tmp_path / "runs").exists()
+
+
+def test_a_dependency_is_sbatchs_own(arguments):
+    def after(text: str) -> str:
+        return plan("train", arguments, "", text).job.after
+
+    assert [after("12"), after("12,13"), after("afterok:9"), after("singleton")] == [
+        "afterany:12", "afterany:12:13", "afterok:9", "singleton",
+    ]  # fmt: skip
+
+
+def test_a_folder_that_other_nodes_do_not_see_is_refused(monkeypatch):
+    monkeypatch.setattr("megatsp.jobs.submit._file_system", lambda folder: "tmpfs")
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"megatsp-test-{os.getpid()}"
+    try:
+        check_folder(folder, nodes=1)
+        with pytest.raises(ValueError, match="lies on tmpfs, which the other nodes do not see"):
+            check_folder(folder, nodes=2)
+    finally:
+        (folder / "slurm").rmdir()
+        folder.rmdir()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ValueError, match="cannot write to .*/run/slurm: .*; choose another output_dir="):
+        check_folder(tmp_path / "run", nodes=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["slrum"], "did you mean slurm"),
+        (["slurm", "tarin", "a=b"], "train"),
+        (["slurm", "preflight", "launch.preflight=none", "launch.nproc=2"], "use full or quick"),
+        (["torchrun", "launch.nodes=2", "parallel.tsp=1"], "--address is missing"),
+        (["torchrun", "--node-rank", "3"], "--node-rank 3"),
+        (["local", "preflight"], "megatsp preflight"),
+    ],
+)
+def test_launch_names_what_it_cannot_do(given, message, capsys):
+    assert cli.main(["launch", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_torchrun_prints_the_command_of_a_node(arguments, capsys):
+    where = ["--dry-run", "--node-rank", "1", "--address", "n0:29500"]
+    assert cli.main(["launch", "torchrun", *where, "train", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "--nnodes 2 --node-rank 1 --rdzv-backend static --rdzv-endpoint n0:29500 --nproc-per-node 2" in said
+    )
+    assert "-m megatsp train model.num_layers=2" in said

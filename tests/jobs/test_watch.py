@@ -1,0 +1,83 @@
+"""Looking at jobs where no Slurm is: what a job left says enough."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megatsp import cli
+from megatsp.exit_status import FAILURE, USER_ERROR
+from megatsp.jobs.attempts import Attempt, write_attempts
+from megatsp.jobs.find import jobs_of
+from megatsp.launcher.failures import Failure
+from megatsp.launcher.outcome import write_outcome
+
+ENDED = Attempt(
+    0, 7, 0, ("n0", "n1"), 100.0, -1, ended=150.0, iteration=5, status=1, cause="x", action="again"
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose job 7 failed once and then began again."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = tmp_path / "run"
+    for number in (0, 1):
+        folder = run / "slurm" / "job_7" / f"attempt_{number}"
+        folder.mkdir(parents=True)
+        (folder / "rank_00000.log").write_text(f"attempt {number}\n")
+    (run / "slurm" / "job_7.sh").touch()
+    (run / "slurm" / "job_7.log").write_text("what the job says\n")
+    values = asdict(ENDED) | {"attempt": 1, "action": "", "ended": 0.0, "cause": ""}
+    write_attempts(run / "slurm" / "job_7", [ENDED, Attempt(**values)])
+    failure = Failure(3, FAILURE, "RuntimeError: no", "Traceback ...\nRuntimeError: no", host="n1")
+    write_outcome(run / "slurm" / "job_7" / "attempt_0", failure)
+    return run
+
+
+def logs(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(["launch", "logs", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_last_failure_comes_first_also_of_an_attempt_before(run: Path, capsys) -> None:
+    said = logs(capsys, str(run))
+    first = "==> first to fail, in attempt 0: rank 3 on n1 <==\nTraceback ...\nRuntimeError: no\n"
+    assert said.startswith(first)
+    assert "attempt 1" in said and said.count("what the job says") == 1
+    assert logs(capsys, str(run), "--attempt", "0").endswith("what the job says\n")
+    assert (
+        logs(capsys, str(run), "--rank", "0")
+        == f"==> {run}/slurm/job_7/attempt_1/rank_00000.log <==\nattempt 1\n"
+    )
+
+
+def test_of_a_users_mistake_there_is_no_traceback(run: Path, capsys) -> None:
+    write_outcome(run / "slurm" / "job_7" / "attempt_1", Failure(0, USER_ERROR, "give data", "Traceback"))
+    assert "<==\ngive data\n" in logs(capsys, str(run))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "9"], "--rank 9: it has no log .* ranks 0 to 0 have one"),
+        (["--attempt", "5"], "--attempt 5: job 7 has made 2"),
+        (["--lines", "-1"], "--lines -1: must be at least 0"),
+    ],
+)
+def test_what_is_not_there_is_named(run: Path, capsys, arguments, message) -> None:
+    assert cli.main(["launch", "logs", str(run), *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_jobs_of_both_ways_of_submission_are_found(run: Path) -> None:
+    (run / "slurm" / "job_12").mkdir()  # by plain sbatch
+    (run / "slurm" / "job_9.sh").touch()
+    assert jobs_of(run) == ["7", "9", "12"]
+
+
+@pytest.mark.parametrize("command", ["status", "cancel"])
+def test_what_needs_slurm_says_so(run: Path, capsys, command) -> None:
+    assert cli.main(["launch", command, str(run)]) == 2
+    assert "is not on the PATH" in capsys.readouterr().err
