@@ -18,6 +18,7 @@ from megatsp.compose import compose, to_yaml
 from megatsp.data.loader import read_batch
 from megatsp.schema import Config, TrainerConfig
 from megatsp.training.bad_steps import Back, Verdict, after_step, judge_step, rolled_back, way_back
+from megatsp.training.events import of_step, read_objects
 from megatsp.training.logs import read_metrics
 from megatsp.training.run import Training
 from megatsp.training.spikes import is_spike
@@ -236,6 +237,28 @@ def test_a_machine_that_fails_twice_ends_the_run(runs, folder):
     assert found["status"] == 77 and found["state"].iteration == 2
     assert "gave other bits, not finite again: hardware is suspected: rank 1 on " in found["said"][0]
     assert (folder / "fails-twice" / "checkpoints" / LATEST).read_text() == "2\n"
+
+
+EVENTS = {
+    "clean": ["started", "finished"],
+    "skips": ["started", "not finite", "finished"],
+    "rolls-back": ["started", "not finite", "rollback", "finished"],
+    "stops": ["started", "not finite", "failed"],
+    "fails-once": ["started", "other bits", "finished"],
+    "fails-twice": ["started", "hardware"],
+}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_a_streak_of_bad_steps_is_one_event(runs, folder, name):
+    events = read_objects(folder / name / "events.jsonl")
+    assert [event["kind"] for event in events if event["kind"] != "saved"] == EVENTS[name]
+
+
+def test_spikes_are_events_whatever_is_done():
+    before, after = RunState(iteration=3), RunState(iteration=4, loss_spikes=1)
+    assert [event.kind for event in of_step(before, after, [" a leap"])] == ["spike"]
+    assert [event.kind for event in of_step(before, before, [" a leap"])] == []  # of a rollback's own event
 
 
 def test_spikes_are_far_above_the_median():

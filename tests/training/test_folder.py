@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from megatsp.checkpoint.state import RunState, state_to_json
 from megatsp.checkpoint.store import write_files
 from megatsp.compose import to_yaml
 from megatsp.schema import Config
-from megatsp.training.folder import changed_settings, find_checkpoints, lock, run_folder, set_aside
+from megatsp.training.folder import Busy, changed_settings, find_checkpoints, lock, run_folder, set_aside
 
 
 @pytest.fixture
@@ -221,3 +222,16 @@ def test_a_folder_that_cannot_be_made_is_named(config):
     unreachable = run_folder(config).parent / "file" / "run"
     with pytest.raises(ValueError, match="cannot write to .*file/run: .*output_dir="), lock(unreachable):
         pass
+
+
+def test_a_jobs_attempt_waits_for_what_the_one_before_left(tmp_path):
+    folder = tmp_path / "run"
+    with lock(folder), pytest.raises(Busy, match="trains in"), lock(folder, patience_s=0.6):
+        pass
+    held = lock(folder)
+    held.__enter__()
+    timer = threading.Timer(0.7, held.__exit__, (None, None, None))
+    timer.start()
+    with lock(folder, patience_s=60):
+        assert timer.finished.is_set()
+    timer.join()

@@ -1,5 +1,6 @@
 """Generation: logits equal the dense reference's, and the text does not depend on the ranks."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from runs import command, overrides, train_on_ranks, write_corpus
 from megatsp.axes import Axes
 from megatsp.data.tokenizer import ByteTokenizer
 from megatsp.model.parallelize import build_model
-from megatsp.schema import ModelConfig
+from megatsp.schema import AXES, ModelConfig
 from megatsp.training.generate import generate, next_token_logits
 
 MODELS = {
@@ -44,8 +45,11 @@ def logits_and_texts(
 
 
 MESHES = [
-    ("tied", [dict(tsp=1), dict(tsp=2), dict(tsp=4)]),
-    ("untied", [dict(tsp=1), dict(tsp=2, tsp_layout="owner")]),
+    ("tied", [dict(tsp=1), dict(tsp=2), dict(tsp=4), dict(tsp=2, dp_shard=2)]),
+    ("tied", [dict(tp=2, dp_shard=2), dict(tp=2, cp=2)]),
+    ("tied", [dict(tsp=2, kv_exchange="ulysses"), dict(tsp=2, cp=2, kv_exchange="hierarchical")]),
+    ("untied", [dict(tsp=1), dict(tsp=2, tsp_layout="owner"), dict(dp_shard=3)]),
+    ("untied", [dict(tsp=1), dict(tsp=2, cp=2, fsdp_over_cp=True), dict(dp_replicate=2, tsp=2)]),
 ]
 
 
@@ -58,7 +62,9 @@ def test_logits_and_text_do_not_depend_on_the_ranks(name, meshes):
         expected = [dense(torch.tensor([IDS[:length]]))[0, -1] for length in LENGTHS]
     texts = []
     for parallel in meshes:
-        results = run_distributed(logits_and_texts, parallel["tsp"], model, weights(model), parallel)
+        ranks = math.prod(size for key, size in parallel.items() if key in AXES)
+        parallel = {"dp_shard": 1, **parallel}
+        results = run_distributed(logits_and_texts, ranks, model, weights(model), parallel)
         for logits, _ in results:
             for found, wanted in zip(logits, expected, strict=True):
                 assert found.dtype == torch.float32 and relative_error(found, wanted) < 1e-5

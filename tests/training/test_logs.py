@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 
 from megatsp.schema import Config, LoggingConfig
 from megatsp.training import logs
-from megatsp.training.logs import Reporter, evaluation_line, iteration_line, read_metrics, wandb_mode
+from megatsp.training.logs import Reporter, evaluation_line, iteration_line, read_metrics
 
 CONFIG = replace(Config(), logging=LoggingConfig(wandb="disabled"))
 
@@ -62,46 +61,6 @@ def test_another_line_that_is_no_entry_is_refused_and_nothing_is_lost(tmp_path, 
     with pytest.raises(ValueError, match="line 1, is no entry of metrics"):
         Reporter(CONFIG, tmp_path, 1, "", active=True)
     assert path.read_text() == before
-
-
-def test_an_unknown_wandb_mode_is_named(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "foo")
-    with pytest.raises(ValueError, match="WANDB_MODE=foo: use online, offline or disabled"):
-        wandb_mode("auto")
-
-
-NETRC = "machine api.wandb.ai login user password 0123\n"
-
-
-@pytest.mark.parametrize(
-    ("wanted", "environment", "netrc", "mode"),
-    [
-        ("disabled", {"WANDB_API_KEY": "0"}, NETRC, "disabled"),
-        ("offline", {"WANDB_API_KEY": "0"}, "", "offline"),
-        ("online", {"WANDB_MODE": "offline"}, "", "online"),
-        ("auto", {}, "", "offline"),
-        ("auto", {"WANDB_API_KEY": "0"}, "", "online"),
-        ("auto", {"WANDB_API_KEY": "0", "WANDB_MODE": "offline"}, NETRC, "offline"),
-        ("auto", {}, NETRC, "online"),
-        ("auto", {}, "machine example.org login user password 0123\n", "offline"),
-        ("auto", {}, "no netrc at all", "offline"),
-    ],
-)
-def test_wandb_mode(tmp_path, monkeypatch, wanted, environment, netrc, mode):
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    (tmp_path / "netrc").write_text(netrc)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert wandb_mode(wanted) == mode
-
-
-def test_wandb_mode_without_a_netrc(tmp_path, monkeypatch):
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "absent"))
-    assert wandb_mode("auto") == "offline"
 
 
 def test_console_lines():
@@ -175,22 +134,3 @@ class HalfFull:
     def write(self, content: bytes) -> int:
         written: int = self._file.write(content[:5])
         return written
-
-
-def test_a_server_that_does_not_answer_does_not_end_a_run(tmp_path, monkeypatch, capsys):
-    asked: list[str] = []
-
-    def init(mode: str, **options: Any) -> Any:
-        asked.append(mode)
-        if mode == "online":
-            raise errors[len(asked) - 1]
-        return None
-
-    errors = [wandb.errors.CommError("timed out"), None, wandb.errors.AuthenticationError("no such key")]
-    monkeypatch.setattr(wandb, "init", init)
-    online = replace(CONFIG, logging=LoggingConfig(wandb="online"))
-    Reporter(online, tmp_path, 0, "", active=True).close()
-    assert asked == ["online", "offline"]
-    assert "does not answer (timed out): this run is kept offline" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no such key. Check WANDB_API_KEY"):
-        Reporter(online, tmp_path, 0, "", active=True)

@@ -226,7 +226,8 @@ def run_and_print(config: Config, path: Path) -> None:
 def test_metrics_have_the_names_of_the_contract(entries, folder):
     steps = [e for e in entries["dp2-tsp2"] if "lm loss" in e]
     evaluations = [e for e in entries["dp2-tsp2"] if "val/lm loss" in e]
-    assert all(e.keys() == STEP_METRICS | {"consumed-samples"} for e in steps)
+    on_slow_machines = {"ranks/slow-host"}
+    assert all(e.keys() - on_slow_machines == STEP_METRICS | {"consumed-samples"} for e in steps)
     assert all(e.keys() == EVALUATION_METRICS for e in evaluations)
     assert [e["iteration"] for e in steps] == list(range(1, 11))
     assert [e["iteration"] for e in evaluations] == [4, 8, 10]

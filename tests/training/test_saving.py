@@ -13,6 +13,7 @@ from megatsp.checkpoint.saver import Failed, Saved
 from megatsp.checkpoint.state import RunState
 from megatsp.schema import CheckpointConfig
 from megatsp.training import saving
+from megatsp.training.events import Event
 from megatsp.training.saving import Saves
 
 
@@ -48,12 +49,16 @@ class Notes:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.entries: list[dict[str, Any]] = []
+        self.events: list[tuple[str, int]] = []
 
     def say(self, line: str) -> None:
         self.lines.append(line)
 
     def log(self, iteration: int, metrics: dict[str, Any]) -> None:
         self.entries.append({"iteration": iteration, **metrics})
+
+    def event(self, event: Event) -> None:
+        self.events.append((event.kind, event.iteration))
 
 
 def test_a_best_checkpoint_that_is_lost_is_no_longer_the_best(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -72,6 +77,7 @@ def test_a_best_checkpoint_that_is_lost_is_no_longer_the_best(tmp_path, monkeypa
     ]
     outcomes.append(Failed(4, "No space left on device", 5.0))
     state = saves.report(replace(state, iteration=5), notes)
+    assert notes.events == [("saved", 2), ("save failed", 4)]
     assert notes.lines[-1] == (
         " checkpoint of iteration 4 was not saved: No space left on device; it is tried again in 5 s"
     )

@@ -6,14 +6,19 @@ import re
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
+from wandb_files import parsed, rows
 
 from megatsp.comm import Comm, Traffic
+from megatsp.schema import Config, LoggingConfig
+from megatsp.training.events import read_objects
+from megatsp.training.logs import Reporter
 from megatsp.training.watchdog import Watchdog, summary
 
 TIMEOUT_S = 3.0
@@ -78,6 +83,40 @@ def test_a_rank_that_holds_pythons_lock_ends_too(tmp_path):
     said = (tmp_path / "stderr1").read_text()
     assert "most recent call first" in said and "in hang" in said
     assert "likely culprit: rank 1\n" in (tmp_path / "stderr0").read_text()
+
+
+def hang_alone(folder: Path, how: str) -> None:
+    """On a rank, which reports: three steps, and no fourth."""
+    config = replace(Config(), logging=LoggingConfig(wandb="offline"))
+    with Watchdog(folder, TIMEOUT_S) as watchdog:
+        reporter = Reporter(config, folder, 0, "", active=True)
+        if how == "reports":
+            watchdog.on_hang = reporter.hang
+        elif how == "hangs too":
+            watchdog.on_hang = lambda text: time.sleep(60)
+        else:
+            watchdog.on_hang = lambda text: 1 / 0
+        for iteration in (1, 2, 3):
+            watchdog.beat(f"step {iteration}")
+            reporter.log(iteration, {"lm loss": 1.0})
+            reporter.advance()
+        (folder / "since").write_text(str(time.time()))
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("how", ["reports", "hangs too", "fails"])
+def test_what_a_hang_is_told_to_does_not_delay_the_end(tmp_path, how):
+    with pytest.raises(AssertionError, match="died with exit code 76"):
+        run_distributed(hang_alone, 1, tmp_path, how)
+    assert time.time() - float((tmp_path / "since").read_text()) < TIMEOUT_S + 1
+    if how != "reports":
+        return
+    (event,) = read_objects(tmp_path / "events.jsonl")
+    assert (event["kind"], event["iteration"]) == ("hang", 3) and "rank 0: step 3" in event["text"]
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    (alert,) = [record.alert for record in parsed(file) if record.WhichOneof("record_type") == "alert"]
+    assert (alert.title, alert.level) == ("run: hang", "ERROR") and "no progress" in alert.text
+    assert [step for step, _ in rows(file)] == [1, 2]  # the third may not be all: the next start gives it
 
 
 def test_beats_keep_it_quiet_and_zero_watches_nothing(tmp_path):

@@ -1,0 +1,123 @@
+"""A dead key is found before a job is submitted; a server that does not answer is no error."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from megatsp.schema import Config, LoggingConfig
+from megatsp.training import wandb_login
+from megatsp.training.wandb_login import check_login
+
+KEY = "0123456789abcdef" * 3
+AUTO, ONLINE = (replace(Config(), logging=LoggingConfig(wandb=wanted)) for wanted in ("auto", "online"))
+
+
+class Server(ThreadingHTTPServer):
+    """Answers as it is told, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.status, self.content = 200, b""
+        self.is_silent = threading.Event()
+        self.is_closing = threading.Event()
+        self.asked: list[str] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        self.server.asked.append(self.headers["Authorization"])
+        if self.server.is_silent.is_set():
+            self.server.is_closing.wait(60)
+            return
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(self.server.status)
+        self.send_header("Location", "http://127.0.0.1:1/graphql")
+        self.send_header("Content-Length", str(len(self.server.content)))
+        self.end_headers()
+        self.wfile.write(self.server.content)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(wandb_login, "_PATIENCE_S", 5.0)
+    try:
+        yield server
+    finally:
+        server.is_closing.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def viewer(user: dict[str, str] | None) -> bytes:
+    return json.dumps({"data": {"viewer": user}}).encode()
+
+
+def test_a_key_that_the_server_knows(server):
+    server.content = viewer({"username": "someone"})
+    assert check_login(AUTO) == "" == check_login(ONLINE)
+    assert server.asked == ["Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()] * 2
+
+
+@pytest.mark.parametrize(("status", "content"), [(401, b"{}"), (403, b""), (200, viewer(None))])
+def test_a_key_that_the_server_refuses(server, status, content):
+    server.status, server.content = status, content
+    with pytest.raises(ValueError, match="refuses the W&B key: get one at .*/authorize") as refused:
+        check_login(AUTO)
+    assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "why"),
+    [(503, b"", "HTTP status 503"), (200, b"<html>", "no answer of W&B's"), (307, b"", "HTTP status 307")],
+)
+def test_a_server_that_cannot_tell(server, status, content, why):
+    server.status, server.content = status, content
+    said = check_login(ONLINE)
+    assert "could not be asked about the key" in said and why in said and KEY not in said
+
+
+def test_a_server_that_does_not_answer(server, monkeypatch):
+    monkeypatch.setattr(wandb_login, "_PATIENCE_S", 0.2)
+    server.is_silent.set()
+    said = check_login(AUTO)
+    assert "could not be asked about the key" in said and KEY not in said
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+    assert "could not be asked about the key" in check_login(AUTO)
+
+
+@pytest.mark.parametrize("key", ["short", KEY[:39], KEY + " ", KEY + "\n"])
+def test_what_cannot_be_a_key_is_refused_without_asking(server, monkeypatch, key):
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    with pytest.raises(ValueError, match="cannot be one: it has") as refused:
+        check_login(AUTO)
+    assert key.strip() not in str(refused.value) and server.asked == []
+
+
+def test_without_a_key_or_a_use_for_it(server, monkeypatch, tmp_path):
+    assert check_login(replace(Config(), logging=LoggingConfig(wandb="offline"))) == ""
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert check_login(AUTO) == ""  # kept offline
+    with pytest.raises(ValueError, match="logging.wandb=online, but there is no key for http://127"):
+        check_login(ONLINE)
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login user password {KEY}\n")
+    server.content = viewer({"username": "someone"})
+    assert check_login(ONLINE) == "" and len(server.asked) == 1
+    assert server.asked[0].startswith("Basic ")

@@ -1,0 +1,130 @@
+"""One W&B run over requeues: what its files hold together is metrics.jsonl, each step once and in order."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from distributed import run_distributed
+from runs import StopIf, command, overrides, start_training, write_corpus
+from wandb_files import all_rows, parsed
+
+from megatsp.compose import compose
+from megatsp.schema import Config
+from megatsp.training.logs import read_metrics
+from megatsp.training.wandb_run import stored_id
+
+STEPS = 16
+KEY = "local-" + "0123456789abcdef" * 3  # of nobody
+NAMES = {
+    "iteration", "consumed-tokens", "lm loss", "grad-norm", "learning-rate", "iteration-time-ms",
+    "tokens/s/gpu", "tflops/gpu", "memory/peak-gib", "comm/exposed-ms", "comm/bytes",
+}  # fmt: skip
+
+
+def start(config: Config, end: str, at: int) -> None:
+    """On a rank: trains until it is asked to stop, or is killed, after so many iterations."""
+    training = start_training(config)
+
+    def is_time() -> bool:
+        if training.state.iteration < at:
+            return False
+        if end == "kill":
+            time.sleep(1)  # so that a last checkpoint is whole
+            os.kill(os.getpid(), signal.SIGKILL)
+        return end == "stop"
+
+    training.run(StopIf(is_time))
+    training.gpt.engine.close()
+
+
+def starts(config: Config, ends: Sequence[tuple[str, int]]) -> None:
+    """Starts a run on two ranks again and again."""
+    for end, at in ends:
+        if end == "kill":
+            with pytest.raises(AssertionError, match="exit code -9"):
+                run_distributed(start, 2, config, end, at)
+        else:
+            run_distributed(start, 2, config, end, at)
+
+
+def holders(folder: Path) -> list[Path]:
+    """The files below a folder that the key is in."""
+    return [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def configured(folder: Path, *more: str) -> Config:
+    write_corpus(folder / "corpus")
+    given = overrides(
+        folder / "corpus", folder, f"trainer.train_iters={STEPS}", "trainer.eval_interval=2",
+        "checkpoint.save_interval=4", "checkpoint.async_save=false", "parallel.tsp=2",
+        "logging.wandb=offline", "logging.sample_interval=8", "logging.sample_tokens=4", *more,
+    )  # fmt: skip
+    return compose(given)
+
+
+def test_two_stops_and_a_kill_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    config = configured(tmp_path)
+    # Stops where an evaluation is due, which the next start makes; and is killed far from a checkpoint.
+    starts(config, [("stop", 4), ("kill", 7), ("stop", 11), ("end", 0)])
+    run = tmp_path / "run"
+    found = all_rows(run)
+    assert [step for step, _ in found] == list(range(1, STEPS + 1))
+    expected: dict[int, dict] = {}
+    for entry in read_metrics(run / "metrics.jsonl"):
+        kept = {name: value for name, value in entry.items() if value is not None}
+        expected.setdefault(entry["iteration"], {}).update(kept)
+    for step, row in found:
+        samples = {name: row.pop(name) for name in list(row) if name.startswith("samples/")}
+        assert row == expected[step]
+        assert bool(samples) == (step % 8 == 0) and row.keys() >= NAMES
+        assert ("val/lm loss" in row and "val/bits-per-byte" in row) == (step % 2 == 0)
+    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 4 and len({file.name for file in files}) == 1
+    assert stored_id(run) and files[0].name == f"run-{stored_id(run)}.wandb"
+    (begun,) = [record.run for record in parsed(files[-1]) if record.WhichOneof("record_type") == "run"]
+    settings = {update.key: json.loads(update.value_json) for update in begun.config.update}
+    assert begun.resume and settings["slurm"]["job_id"] == "4711"
+    assert settings["mesh"]["axes"]["tsp"] == 2 and settings["mesh"]["world_size"] == 2
+    assert settings["code_version"]["megatsp"]
+    assert holders(run) == []
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    kinds = [event["kind"] for event in events if event["kind"] != "saved"]
+    stop = "to be requeued"
+    assert kinds == ["started", stop, "resumed", "resumed", stop, "resumed", "finished"]
+    assert "2 ranks on 1 node, rank 0 on " in events[0]["text"]
+    assert "Slurm job 4711, restart 0" in events[0]["text"]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [(sample["iteration"], sample["prompt"]) for sample in samples] == [(8, "The "), (16, "The ")]
+
+
+def test_killed_before_its_first_checkpoint_a_run_keeps_its_id(tmp_path):
+    config = configured(tmp_path)
+    starts(config, [("kill", 3)])
+    begun = stored_id(tmp_path / "run")
+    starts(config, [("end", 0)])
+    assert stored_id(tmp_path / "run") == begun != ""
+    assert [step for step, _ in all_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
+
+
+def test_with_other_settings_it_is_another_run(tmp_path):
+    starts(configured(tmp_path), [("kill", 3)])
+    begun = stored_id(tmp_path / "run")
+    starts(configured(tmp_path, "optimizer.lr=0.02"), [("end", 0)])
+    assert stored_id(tmp_path / "run") != begun
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], ["trainer.train_iters=3"], ["trainer.lr=1"]])
+def test_a_key_is_in_no_output_and_in_no_file(tmp_path, monkeypatch, more):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    write_corpus(tmp_path / "corpus")
+    job = command("train", *overrides(tmp_path / "corpus", tmp_path, *more, "logging.wandb=offline"))
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == (2 if more == ["trainer.lr=1"] else 0), err
+    assert KEY not in out + err and holders(tmp_path) == []
+    assert (tmp_path / "run" / "wandb").is_dir() == (more == ["trainer.train_iters=3"])
