@@ -1,0 +1,300 @@
+"""The container without an image: what its build steps keep and refuse, and a start by an unknown user."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import venv
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from runs import ROOT, overrides, write_corpus
+
+from megatsp.training.logs import read_metrics
+
+CONTAINER = ROOT / "launch/container"
+STRANGER = 12345  # a uid that no user here has
+VENDOR = "2.12.0a0+5af1c2.nv26.5"  # how NVIDIA numbers its builds: of the range only as a pre-release
+
+
+def requirements(name: str) -> list[Requirement]:
+    lines = (CONTAINER / name).read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def test_pins() -> None:
+    """Each runtime dependency but torch is pinned, within pyproject.toml's range; nothing else is."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = {canonicalize_name(r.name): r.specifier for r in map(Requirement, project["dependencies"])}
+    pins = {}
+    for requirement in requirements("requirements.txt"):
+        (pin,) = requirement.specifier
+        assert pin.operator == "==", requirement
+        pins[canonicalize_name(requirement.name)] = pin.version
+    assert set(pins) == set(ranges) - {"torch"}
+    assert [name for name, version in pins.items() if version not in ranges[name]] == []
+
+
+def test_build_tools_are_pinned() -> None:
+    pins = {r.name: next(iter(r.specifier)) for r in requirements("requirements-build.txt")}
+    assert all(pin.operator == "==" for pin in pins.values())
+    (asked,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert pins["setuptools"].version in Requirement(asked).specifier
+
+
+def test_dockerfile() -> None:
+    """Bases with a tag, files that are there, a user other than root; hadolint sees the rest."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if re.match("[A-Z]+ ", line)]
+    bases = [rest.split()[0] for name, rest in steps if name == "FROM" and "$" not in rest]
+    assert len(bases) == 2 and all(re.search(r":[^:]*\d", base) for base in bases)
+    assert [rest for name, rest in steps if name == "USER"] == ["10001:10001"]
+    assert not [step for step in steps if step[0] == "ADD" or "sudo" in step[1]]
+    for name, rest in steps:
+        if name == "COPY":
+            *sources, _ = [word for word in rest.split() if not word.startswith("--")]
+            assert all((ROOT / source).exists() for source in sources), rest
+    # Apptainer's recipe starts from the same images.
+    recipe = (CONTAINER / "megatsp.def").read_text()
+    assert all(base in recipe for base in bases)
+    # What the wheel and the steps need gets past .dockerignore.
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "megatsp",
+        "kernels",
+        "configs",
+        "launch/container",
+        "launch/job.sh",
+        "launch/profiles",
+    } == kept
+    for link in (path for path in (ROOT / "megatsp").rglob("*") if path.is_symlink()):
+        target = link.resolve().relative_to(ROOT)
+        assert kept & {str(target), *map(str, target.parents)}, f"{link} leads to what is left out"
+        assert f"{target}" in recipe or f"{target.parent}" in recipe
+
+
+def make_wheel(folder: Path, name: str, version: str, *requires: str, modules: dict[str, str]) -> Path:
+    """A package of these files."""
+    info = f"{name}-{version}.dist-info"
+    files = {
+        **modules,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        + "".join(f"Requires-Dist: {r}\n" for r in requires),
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"])
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, content in files.items():
+            archive.writestr(file, content)
+    return path
+
+
+class Image:
+    """A Python with a vendor's torch, packages for pip, and the build steps with other requirements."""
+
+    def __init__(self, folder: Path) -> None:
+        self.wheels, self.steps, self.home = folder / "wheels", folder / "steps", folder / "home"
+        self.wheels.mkdir()
+        venv.create(folder / "base", with_pip=True)
+        self.bin = folder / "base/bin"
+        torch = {"torch.py": "class version: hip = '7.14'\n"}
+        make_wheel(self.wheels, "torch", VENDOR, modules=torch)
+        make_wheel(self.wheels, "torch", "2.13.0", modules=torch)  # what PyPI would offer
+        make_wheel(self.wheels, "plain", "1.0", "torch<2.14,>=2.11", modules={})
+        make_wheel(self.wheels, "greedy", "1.0", "torch>=2.13", modules={})
+        self.python("-m", "pip", "install", "-q", f"torch=={VENDOR}")
+        shutil.copytree(CONTAINER, self.steps)
+        (self.steps / "requirements-build.txt").write_text("")  # the wheels above are built already
+
+    def python(self, *arguments: str | Path) -> str:
+        return subprocess.check_output([self.bin / "python", *arguments], text=True, env=self.environment())
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
+        path = f"{self.bin}:{os.environ['PATH']}"
+        pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_CONFIG_FILE": os.devnull}
+        return kept | pip | {"PATH": path, "MEGATSP_HOME": str(self.home)}
+
+    def step(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", self.steps / "install.sh", *arguments], env=self.environment() | variables,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def torch(self) -> str:
+        return self.python("-c", "import importlib.metadata as m; print(m.version('torch'))").strip()
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
+    return Image(tmp_path_factory.mktemp("image"))
+
+
+def test_dependencies_keep_torch(image: Image) -> None:
+    (image.steps / "requirements.txt").write_text("plain==1.0\n")
+    result = image.step("dependencies")
+    assert result.returncode == 0, result.stdout
+    assert f"kept as they are: torch=={VENDOR}" in result.stdout
+    assert "keep_base: unchanged: torch" in result.stdout
+    assert image.torch() == VENDOR
+    assert "plain==1.0" in (image.home / "versions.txt").read_text()
+
+
+def test_dependencies_that_want_another_torch_are_refused(image: Image) -> None:
+    (image.steps / "requirements.txt").write_text("greedy==1.0\n")
+    result = image.step("dependencies")
+    assert result.returncode != 0
+    assert f"(constraint) torch=={VENDOR}" in result.stdout
+    assert image.torch() == VENDOR
+
+
+def test_a_changed_torch_is_seen(image: Image) -> None:
+    """Whatever changed it: here a package manager that heeds no constraints."""
+    image.step("apex", "none")
+    image.python("-m", "pip", "install", "-q", "torch==2.13.0")
+    try:
+        result = image.step("apex", "none")
+        assert result.returncode != 0
+        assert f"torch was {VENDOR}, now 2.13.0" in result.stdout
+    finally:
+        image.python("-m", "pip", "install", "-q", f"torch=={VENDOR}")
+
+
+def test_apex_of_the_base_or_from_source(image: Image, tmp_path: Path) -> None:
+    """A project of the same name does not count; the base image's does, and then nothing is built."""
+    namesake = make_wheel(tmp_path, "apex", "0.9", modules={"apex/__init__.py": ""})
+    usable = {"apex/__init__.py": "", "apex/optimizers.py": "FusedAdam = 1\n", "amp_C.py": ""}
+    apex = make_wheel(tmp_path, "apex", "1.12.0", modules=usable)
+    try:
+        result = image.step("apex", "auto", APEX_SOURCE=str(namesake))
+        assert result.returncode == 1, result.stdout
+        assert "the base image has no usable apex: building it from source" in result.stdout
+        assert "the apex just built lacks FusedAdam or amp_C" in result.stdout
+        result = image.step("apex", "source", APEX_SOURCE=str(apex))
+        assert result.returncode == 0, result.stdout
+        result = image.step("apex", "auto", APEX_SOURCE=str(namesake))
+        assert result.returncode == 0 and "install: apex of the base image" in result.stdout, result.stdout
+    finally:
+        image.python("-m", "pip", "uninstall", "-q", "-y", "apex")
+
+
+def test_base_without_torch_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-S", CONTAINER / "keep_base.py", "record", tmp_path / "base.txt"]
+    result = subprocess.run(command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "has no torch: choose a base image that brings it" in result.stderr
+    assert not (tmp_path / "base.txt").exists()
+
+
+def test_unknown_steps_are_refused(image: Image) -> None:
+    assert "expected dependencies, apex or package" in image.step("all").stdout
+    assert "apex maybe: expected auto, source or none" in image.step("apex", "maybe").stdout
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other users can enter, which tmp_path is not."""
+    folder = Path(tempfile.mkdtemp(prefix="megatsp-container-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def start(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command through the entry script, without a home, as the stranger where we may become one."""
+    # May read everything, as Python may be installed in root's home, and write only what is everyone's.
+    become = [
+        "setpriv", "--reuid", str(STRANGER), "--regid", str(STRANGER), "--clear-groups",
+        "--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search",
+    ]  # fmt: skip
+    environment = {
+        "PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HOME": "/nonexistent",
+        "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder / "tmp"),
+    }  # fmt: skip
+    return subprocess.run(
+        [*(become if os.getuid() == 0 else []), "bash", CONTAINER / "entrypoint.sh", *command],
+        cwd=folder, env=environment | variables, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def stray_files(uid: int, folder: Path) -> set[Path]:
+    """What a user has in the places where everyone can write, outside a folder."""
+    places = [Path("/tmp"), Path("/var/tmp"), Path("/dev/shm")]
+    found = set()
+    for path in (path for place in places for path in place.iterdir() if path != folder):
+        with suppress(FileNotFoundError):  # another test's, which has just removed it
+            if path.lstat().st_uid == uid:
+                found.add(path)
+    return found
+
+
+def test_training_by_a_user_without_home_or_name(open_folder: Path) -> None:
+    corpus, temporary, output = (open_folder / name for name in ("data", "tmp", "out"))
+    for folder in (corpus, temporary, output):
+        folder.mkdir()
+    for folder in (temporary, output):
+        folder.chmod(0o777)
+    prefix = write_corpus(corpus / "tiny")
+    uid = STRANGER if os.getuid() == 0 else os.getuid()
+    before = stray_files(uid, open_folder)
+
+    assert "megatsp" in start(open_folder, sys.executable, "-m", "megatsp", "--version").stdout
+    result = start(
+        open_folder,
+        sys.executable,
+        "-m",
+        "megatsp",
+        "train",
+        *overrides(prefix, output, "trainer.train_iters=2", "scheduler.lr_warmup_iters=1"),
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert f"HOME (/nonexistent) is not writable: caches go to {temporary}/megatsp-{uid}" in result.stderr
+    metrics = read_metrics(next(output.rglob("metrics.jsonl")))
+    assert [entry["iteration"] for entry in metrics if "lm loss" in entry] == [1, 2]
+    assert stray_files(uid, open_folder) <= before
+    assert {path.name for path in temporary.iterdir()} == {f"megatsp-{uid}"}
+
+
+def test_entry_script_keeps_what_is_set(open_folder: Path) -> None:
+    (open_folder / "tmp").mkdir()
+    (open_folder / "tmp").chmod(0o777)
+    show = ("bash", "-c", 'echo "$HF_HOME $TRITON_CACHE_DIR"')
+    uid = STRANGER if os.getuid() == 0 else os.getuid()
+    caches = open_folder / f"tmp/megatsp-{uid}"
+    assert start(open_folder, *show, HF_HOME="/models").stdout == f"/models {caches}/triton\n"
+    # With a home that can be written, nothing is set and nothing is said.
+    result = start(open_folder, *show, HOME=str(open_folder / "tmp"))
+    assert (result.stdout, result.stderr) == (" \n", "")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a second user")
+def test_caches_of_someone_else_are_refused(open_folder: Path) -> None:
+    (open_folder / f"tmp/megatsp-{STRANGER}").mkdir(parents=True)  # root's
+    result = start(open_folder, "true")
+    assert result.returncode == 1
+    assert "is not a folder of yours: set TMPDIR to one that you can write" in result.stderr
+
+
+def test_enroot_configuration(tmp_path: Path) -> None:
+    """The caller's variables and folder come along; paths of the host's installation do not."""
+    script = f"source {CONTAINER / 'enroot.conf.sh'}; environ; mounts"
+    variables = {"PATH": os.environ["PATH"], "SLURM_PROCID": "3", "PYTHONPATH": "/x", "NCCL_DEBUG": "INFO"}
+    lines = subprocess.check_output(
+        ["bash", "-c", script], cwd=tmp_path, env=variables, text=True
+    ).splitlines()
+    assert {"SLURM_PROCID=3", "NCCL_DEBUG=INFO", f"MEGATSP_FOLDER={tmp_path}"} <= set(lines)
+    assert f"{tmp_path} {tmp_path} none x-create=dir,bind,rw" in lines
+    assert not [line for line in lines if line.startswith(("PATH=", "PYTHONPATH="))]
