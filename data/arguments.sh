@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the recipes' prepare.sh: reads their arguments and trains a tokenizer where none is given.
 
 # Reads `--source PATH` (may be repeated), `--output FOLDER`, `--tokenizer SPEC` and `--vocab-size N` into

@@ -1,9 +1,10 @@
 """The command `megatsp`: what the arguments ask for, in this process or in ranks it starts."""
 
 import os
+import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatsp import __version__, launcher
 from megatsp.nearest import did_you_mean
 from megatsp.parser import Parser
-from megatsp.schema import Config
+from megatsp.schema import AXES, Config
 
 if TYPE_CHECKING:
     from megatsp.training.stopping import Stopper
@@ -22,13 +23,16 @@ usage: megatsp COMMAND [arguments]
 
   train      train a GPT                         megatsp train --help
   sft        tune a Hugging Face checkpoint      megatsp sft --help
+  launch     train here, or as a Slurm job       megatsp launch --help
   generate   continue a text with a trained GPT  megatsp generate --help
   bench      compare ways to run a GPT           megatsp bench --help
   preprocess tokenise texts to train on          megatsp preprocess --help
   data       look at what a training reads       megatsp data --help
   convert    from and to Hugging Face            megatsp convert --help
   ckpt       look at, check, move checkpoints    megatsp ckpt --help
+  report     one HTML page of a run              megatsp report --help
   doctor     find what is wrong with machines    megatsp doctor --help
+  preflight  measure the machines before a run   megatsp preflight --help
 
   --version  print the version
   --help     print this text
@@ -41,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if _join(os.environ):
             launcher.run_rank(lambda: _dispatch(arguments))
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
     except ValueError as error:
         if not launcher.is_users(error):
             raise
@@ -49,13 +55,17 @@ def main(argv: list[str] | None = None) -> int:
         return launcher.USER_ERROR
     except KeyboardInterrupt:
         return launcher.INTERRUPTED
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": partial(_train, "train"), "sft": partial(_train, "sft"), "generate": _generate,
         "bench": _bench, "preprocess": _preprocess, "data": _data, "convert": _convert,
-        "ckpt": _ckpt, "doctor": _doctor,
+        "ckpt": _ckpt, "report": _report, "doctor": _doctor, "preflight": _preflight,
+        "launch": _launch_command,
     }  # fmt: skip
     name, *rest = arguments or ["--help"]
     if name in ("--help", "-h"):
@@ -75,9 +85,16 @@ def _train(name: str, arguments: list[str]) -> int:
     parser = Parser(f"megatsp {name}", add_help=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--show-mesh")
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_intermixed_args(arguments)
+    whole = [
+        "--show-mesh=" if text == "--show-mesh" else text for text in arguments
+    ]  # an override may follow
+    given = parser.parse_intermixed_args(whole)
+    given.describes = given.dry_run or given.show_mesh is not None  # and starts nothing
+    if given.show_mesh and not given.show_mesh.endswith(".png"):
+        raise ValueError(f"--show-mesh={given.show_mesh}: give a file that ends with .png, or none")
     if given.help:
         from megatsp.help import training_help
 
@@ -89,25 +106,29 @@ def _train(name: str, arguments: list[str]) -> int:
     if "RANK" in os.environ:
         with Stopper() as stopper:  # before modules are loaded
             return _train_as(name, arguments, given, stopper)
-    with nullcontext() if given.dry_run else launcher.requeued():
+    with nullcontext() if given.describes else launcher.requeued():
         return _train_as(name, arguments, given, None)
 
 
 def _train_as(name: str, arguments: list[str], given: Namespace, stopper: "Stopper | None") -> int:
     """stopper: of a rank, which a launcher has started."""
-    from megatsp.compose import compose, to_yaml
+    from megatsp.cluster import start
+    from megatsp.compose import compose
     from megatsp.validate import validate
 
     config = compose(given.overrides, given.config_dir, name)
-    world_size = config.launch.nproc if stopper is None else int(os.environ["WORLD_SIZE"])
+    world_size = start.world_size(config, os.environ, given.describes)
     config = validate(config, world_size)
-    if given.dry_run:
-        if stopper is None or os.environ["RANK"] == "0":
-            from megatsp.training.report import describe
-
-            print(to_yaml(config))
-            print(describe(config, world_size))
+    is_first = stopper is None or os.environ["RANK"] == "0"
+    if given.describes:
+        if is_first:
+            _describe(config, world_size, given)
         return 0
+    lines = start.enter(config, os.environ)
+    lines += start.placement_lines(config, start.ranks_per_node(config, os.environ))
+    has_printed = launcher.LAUNCHER_PID in os.environ and launcher.ATTEMPT_FOLDER not in os.environ
+    if is_first and not has_printed:  # that is, a launcher that ran this function too
+        _say(lines)
     if stopper is None:
         restarts = launcher.Restarts(
             config.launch.max_restarts, config.launch.restart_backoff_s, partial(_newest, config)
@@ -116,6 +137,32 @@ def _train_as(name: str, arguments: list[str], given: Namespace, stopper: "Stopp
     from megatsp.training.run import train
 
     return train(config, stopper)
+
+
+def _describe(config: Config, world_size: int, given: Namespace) -> None:
+    """What --dry-run and --show-mesh print of a validated configuration."""
+    from megatsp.cluster import draw, start
+
+    if given.dry_run:
+        from megatsp.compose import to_yaml
+        from megatsp.training.report import describe
+
+        print(to_yaml(config))
+        _say(start.apply_profile(config, dict(os.environ)))
+        print(describe(config, world_size))
+    if given.show_mesh is not None:
+        ranks = start.ranks_per_node(config, os.environ) or world_size
+        sizes = {axis: getattr(config.parallel, axis) for axis in AXES}
+        print(draw.mesh_text(sizes, ranks))
+        _say(start.placement_lines(config, ranks))
+        if given.show_mesh:
+            draw.draw_mesh(sizes, ranks, Path(given.show_mesh))
+            print(given.show_mesh)
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
 
 
 def _newest(config: Config) -> int:
@@ -203,10 +250,43 @@ def _ckpt(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _report(arguments: list[str]) -> int:
+    from megatsp.report.command import run
+
+    if "RANK" in os.environ:
+        raise ValueError("megatsp report is one process: start it without torchrun or srun")
+    return run(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     from megatsp.doctor.command import run
 
     return run(arguments)
+
+
+def _launch_command(arguments: list[str]) -> int:
+    from megatsp.jobs.command import run
+
+    if "RANK" in os.environ:
+        raise ValueError("megatsp launch starts jobs: start it without torchrun or srun")
+    return run(arguments, _train)
+
+
+def _preflight(arguments: list[str]) -> int:
+    from megatsp.preflight.command import composed, parse, run
+
+    given = parse(arguments)
+    if "RANK" in os.environ:
+        return run(given)
+    from megatsp.validate import validate
+
+    config = composed(given)
+    if given.folder is not None:
+        raise ValueError(
+            "--folder is for the ranks of a job: leave it out, or start them by srun or torchrun"
+        )
+    validate(config, config.launch.nproc)
+    return _launch(config.launch.nproc, ["preflight", *arguments])
 
 
 def _launch(nproc: int, arguments: list[str], restarts: launcher.Restarts | None = None) -> int:

@@ -13,6 +13,8 @@ WIDTH = 100  # columns
 
 OPTIONS = """\
   --dry-run          print the resolved configuration, the mesh and the memory, and stop
+  --show-mesh        print where each axis lies on launch.nodes of launch.nproc ranks, and stop;
+                     --show-mesh=FILE.png draws it too
   --config-dir DIR   a folder with choices of your own, such as DIR/experiment/mine.yaml
 """
 
@@ -52,7 +54,10 @@ def training_help(name: str) -> str:
 
     name: train or sft.
     """
-    usage = f"usage: megatsp {name} [--help] [--dry-run] [--config-dir DIR] [group=choice | key=value ...]"
+    usage = (
+        f"usage: megatsp {name} [--help] [--dry-run] [--show-mesh[=FILE.png]] [--config-dir DIR]\n"
+        f"{' ' * len(f'usage: megatsp {name} ')}[group=choice | key=value ...]"
+    )
     groups = "\n".join(
         textwrap.fill(", ".join(choices), WIDTH, initial_indent=f"  {group:<12} ", subsequent_indent=" " * 15)
         for group, choices in group_choices(primary=name).items()

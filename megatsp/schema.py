@@ -369,7 +369,7 @@ class LoggingConfig:
     log_interval: int = key(10, "log every so many iterations", "iterations", within="[1, inf)")
     wandb: str = key(
         "auto",
-        "Weights & Biases; auto: online where an API key is set, offline otherwise",
+        "Weights & Biases; auto: as WANDB_MODE says, or online where an API key is set, or offline",
         choices=("auto", "online", "offline", "disabled"),
     )
     slow_rank_factor: float = key(
@@ -386,14 +386,82 @@ class LoggingConfig:
     memory_history: bool = key(
         False, "record every allocation of a GPU, for the snapshot that is written when memory runs out"
     )
-    wandb_project: str = key("megatsp", "W&B project")
-    wandb_entity: str = key("", "W&B user or team; empty: the key's default")
+    wandb_project: str = key("megatsp", "W&B project, where WANDB_PROJECT does not say")
+    wandb_entity: str = key("", "W&B user or team, where WANDB_ENTITY does not say; empty: the key's default")
+    wandb_artifacts: bool = key(False, "give W&B the exported model at the end of `megatsp sft`")
+    alerts: bool = key(
+        True, "W&B alerts: a hang, losses that are not finite, spikes, rollbacks, the end; see events.jsonl"
+    )
+    sample_interval: int = key(
+        0,
+        "let the model continue sample_prompts every so many iterations; 0: never",
+        "iterations",
+        within="[0, inf)",
+    )
+    sample_prompts: list[str] = key(["The "], "texts to continue")
+    sample_tokens: int = key(64, "tokens of each continuation", "tokens", within="[1, inf)")
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    partition: str = key("", "partition of the job; empty: the cluster's default")
+    account: str = key("", "account that pays; empty: the user's default")
+    qos: str = key("", "quality of service; empty: the default")
+    constraint: str = key("", "features that a node must have; empty: none")
+    reservation: str = key("", "reservation to run in; empty: none")
+    exclude: str = key("", "nodes to keep off, in Slurm's notation; empty: none")
+    time: str = key("", "time limit, such as 4:00:00 or 2-12:00:00; empty: the partition's")
+    tasks: str = key(
+        "node",
+        "what srun starts: node: one task a node, torch's elastic agent, which starts a rank a GPU; gpu: the "
+        "ranks themselves",
+        choices=("node", "gpu"),
+    )
+    gpu_request: str = key(
+        "gpus-per-node",
+        "the option that asks for GPUs; none where nodes are given whole; with device=cpu none is asked for",
+        choices=("gpus-per-node", "gres", "none"),
+    )
+    cpus_per_rank: int = key(0, "cores a rank; 0: the cluster's default", "cores", within="[0, inf)")
+    exclusive: bool = key(True, "share nodes with nobody")
+    signal_s: int = key(
+        300, "ask ranks to save and end so long before the time limit", "seconds", within="[10, 65535]"
+    )
+    max_requeues: int = key(20, "times that the job may put itself back into the queue", within="[0, inf)")
+    port: int = key(
+        0, "first of 30 ports at which ranks meet; 0: one made of the job's number", within="[0, 65000]"
+    )
+    setup: list[str] = key([], "shell commands at the job's begin, such as ['module load rocm']")
+    container: str = key(
+        "", "what runs a command inside a container, such as `apptainer exec --rocm IMAGE.sif`; empty: none"
+    )
+    options: list[str] = key([], "further options of sbatch, such as ['--mail-type=END']")
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
     nproc: int = key(
-        1, "local ranks that `megatsp train` starts when no launcher did", "processes", within="[1, inf)"
+        1,
+        "ranks of a node, one a GPU; those that `megatsp train` starts here when no launcher did",
+        "processes",
+        within="[1, inf)",
+    )
+    nodes: int = key(1, "nodes of a job of `megatsp launch`", "nodes", within="[1, inf)")
+    spare_nodes: int = key(
+        0,
+        "nodes beside them, which take the place of those that fail the preflight",
+        "nodes",
+        within="[0, inf)",
+    )
+    profile: str = key(
+        "none",
+        "environment variables and expected speeds of a kind of cluster: a file of launch/profiles by its "
+        "name, one of your own by its path, or none",
+    )
+    preflight: str = key(
+        "full",
+        "what a job examines before its first step: full; quick: no GPU work; none",
+        choices=("full", "quick", "none"),
     )
     device: str = key(
         "auto", "where to compute; auto: a GPU if there is one", choices=("auto", "cpu", "cuda")
@@ -401,12 +469,13 @@ class LaunchConfig:
     timeout_s: int = key(1800, "longest wait for another rank in a collective", "seconds", within="[1, inf)")
     max_restarts: int = key(
         3,
-        "times in a row that local ranks are started again after one died, without a new checkpoint",
+        "times in a row that ranks are started again after one died, without a new checkpoint",
         within="[0, inf)",
     )
     restart_backoff_s: float = key(
         5.0, "wait before the first of them; it doubles each time, up to 300", "seconds", within="[0, inf)"
     )
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass(frozen=True)

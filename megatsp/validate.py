@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatsp.data.source_list import read_sources
+from megatsp.launch_rules import launch_errors
 from megatsp.nearest import did_you_mean
 from megatsp.parallel_rules import (
     bucket_errors,
@@ -34,7 +35,7 @@ def validate(config: Config, world_size: int) -> Config:
     Filled in: the axis of `parallel` that is -1, its three bucket counts, scheduler.lr_decay_iters.
 
     Args:
-        world_size: ranks of the whole job; that is launch.nproc where no launcher started it.
+        world_size: ranks of the whole job: see megatsp/cluster/start.py.
 
     Raises:
         ValueError: lists every violated rule: what was given, what is allowed, how to fix it.
@@ -119,6 +120,8 @@ def _rule_errors(config: Config) -> Iterator[str]:
     yield from _adapter_errors(config)
     yield from _scheduler_errors(config)
     yield from _failure_errors(config)
+    yield from launch_errors(config.launch)
+    yield from _logging_errors(config)
 
     p = config.parallel
     if p.pp != 1:
@@ -269,7 +272,7 @@ def _scheduler_errors(config: Config) -> Iterator[str]:
 
 
 def _failure_errors(config: Config) -> Iterator[str]:
-    """What becomes of bad steps, leaps and old checkpoints, held against each other."""
+    """What becomes of bad steps, leaps, old checkpoints and bad nodes, held against each other."""
     t, c = config.trainer, config.checkpoint
     for name in ("on_bad_steps", "on_spike"):
         if getattr(t, name) == "rollback" and not t.max_rollbacks:
@@ -283,6 +286,24 @@ def _failure_errors(config: Config) -> Iterator[str]:
         )
     if c.keep_every and not c.keep_last:
         yield f"checkpoint.keep_every={c.keep_every}: all are kept with keep_last=0; set keep_last, or 0 here"
+
+
+def _logging_errors(config: Config) -> Iterator[str]:
+    """Samples have something to continue and room for it; artifacts are of something that is exported."""
+    logging, length = config.logging, config.trainer.seq_length
+    if logging.sample_interval and not logging.sample_prompts:
+        yield "logging.sample_prompts=[]: name a text to continue, or set logging.sample_interval=0"
+    if logging.sample_interval and logging.sample_tokens >= length:
+        yield f"logging.sample_tokens={logging.sample_tokens}: must be below trainer.seq_length={length}"
+    if any("\ud800" <= c <= "\udfff" for prompt in logging.sample_prompts for c in prompt):
+        yield "logging.sample_prompts: one is not valid UTF-8"
+    if logging.wandb_artifacts and (not config.finetune.hf or config.finetune.export == "none"):
+        yield (
+            "logging.wandb_artifacts=true: only `megatsp sft` exports a model, unless finetune.export=none; "
+            "set it to false"
+        )
+    if logging.wandb_artifacts and logging.wandb == "disabled":
+        yield "logging.wandb_artifacts=true: logging.wandb=disabled gives W&B nothing; set one of them"
 
 
 def _fill(config: Config) -> Config:

@@ -40,7 +40,7 @@ longest() { # what fits 192 GB
 
 schemes() { # side by side on this machine, recompute none; then their memory by simulation
     for dtype in fp32 bf16; do
-        few=(tsp:$ring fsdp_cp:$ring tp)
+        few=("tsp:$ring" "fsdp_cp:$ring" tp)
         for world in 2 4; do
             [[ $world == 2 ]] || few+=(tp_cp)
             more=()

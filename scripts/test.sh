@@ -6,5 +6,6 @@ bash scripts/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# Two processes share the tests, a file at a time; `-n 0` has one do them all.
-.venv/bin/pytest -n 2 --dist loadfile "$@"
+# Three processes share the tests, a file at a time and in order: those of Slurm, which mostly wait, are amid the
+# others. `-n 0` has one do them all.
+.venv/bin/pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

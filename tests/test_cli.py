@@ -83,6 +83,13 @@ def test_help_does_not_import_torch(command):
     assert result.returncode == 0 and f"usage: megatsp {command}" in result.stdout.decode()
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    line = f"{sys.executable} -m megatsp train --help | head -n 1; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines()[0].startswith("usage: megatsp train")
+    assert result.stdout.splitlines()[1] in ("141", "0") and result.stderr == ""
+
+
 def test_the_module_is_the_command():
     result = subprocess.run(
         [sys.executable, "-m", "megatsp", "trian"], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -90,7 +97,8 @@ def test_the_module_is_the_command():
     assert result.returncode == 2
     assert result.stderr == (
         "megatsp: error: unknown command trian; did you mean train? "
-        "(commands: train, sft, generate, bench, preprocess, data, convert, ckpt, doctor)\n"
+        "(commands: train, sft, generate, bench, preprocess, data, convert, ckpt, report, doctor, "
+        "preflight, launch)\n"
     )
 
 

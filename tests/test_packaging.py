@@ -67,6 +67,7 @@ def test_wheel_holds_what_it_should(wheel: Path) -> None:
     assert {
         f"megatsp/configs/{c.relative_to(ROOT / 'configs')}" for c in ROOT.glob("configs/**/*.yaml")
     } <= names
+    assert {f"megatsp/profiles/{p.name}" for p in ROOT.glob("launch/profiles/*.yaml")} <= names
     assert "apex @ git+https://github.com/NVIDIA/apex" in metadata  # never PyPI's unrelated apex
 
 

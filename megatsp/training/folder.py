@@ -2,12 +2,13 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatsp.checkpoint import paths, store
 from megatsp.checkpoint.find import find_good
@@ -15,10 +16,11 @@ from megatsp.checkpoint.manifest import FIX, Damaged
 from megatsp.compose import from_yaml
 from megatsp.schema import Config
 from megatsp.training.logs import read_metrics
+from megatsp.training.wandb_run import RUN_ID
 
 LOCK = ".lock"
 # What a run may leave that ended before it had written its configuration.
-_OF_SET_UP = {LOCK, "config.yaml.tmp", "hangs", "out_of_memory"}
+_OF_SET_UP = {LOCK, "config.yaml.tmp", "hangs", "out_of_memory", "slurm"}
 
 # A resumed run may change anything but these: they decide the model, or which sample comes next. The weights
 # that are tuned are compared by content: see `megatsp.training.base`.
@@ -117,33 +119,49 @@ def check_data(config: Config, found: Path, data_key: str) -> None:
     )
 
 
+class Busy(RuntimeError):
+    """What a job's attempt before this one left still uses the run's folder; the next may find it free."""
+
+
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
     """Makes the folder if need be and keeps other runs out of it.
+
+    patience_s: how long to wait for another process, of a job's attempt before this one on a lost node.
 
     Raises:
         ValueError: another process trains there, or nothing can be written there.
+        Busy: another process trains there still, after the patience.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+")
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another output_dir=") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        with file:
-            file.seek(0)
-            other = file.read().strip()
-        raise ValueError(
-            f"process {other} trains in {folder} already: wait for it, or choose another name="
-        ) from error
     with file:
+        end = time.monotonic() + patience_s
+        while not _takes(file):
+            if time.monotonic() > end:
+                file.seek(0)
+                message = f"process {file.read().strip()} trains in {folder} already"
+                if patience_s:
+                    raise Busy(message)
+                raise ValueError(f"{message}: wait for it, or choose another name=")
+            time.sleep(0.5)
         with suppress(OSError):  # a full disk: the lock is held all the same
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
         yield
+
+
+def _takes(file: IO[str]) -> bool:
+    """Whether the lock was free, and is ours now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _fix(config: Config) -> str:
@@ -178,6 +196,20 @@ def set_aside(folder: Path) -> str:
     aside = next(name for i in count(1) if not (name := folder / f"metrics.{i}.jsonl").exists())
     path.rename(aside)
     return f"{folder} holds a run without a checkpoint: begins anew, and keeps its metrics in {aside.name}"
+
+
+def forget_other_run(folder: Path, config: Config) -> None:
+    """Drops the W&B id of a run that never came to a checkpoint, if what begins in its folder is another run.
+
+    That is one with other settings, but for logging and launch: its losses would be drawn as the old one's.
+    """
+    try:
+        before = asdict(from_yaml((folder / "config.yaml").read_text()))
+    except (OSError, ValueError):
+        return
+    now = asdict(config)
+    if any(before[key] != now[key] for key in now if key not in ("logging", "launch")):
+        (folder / RUN_ID).unlink(missing_ok=True)
 
 
 def run_folder(config: Config) -> Path:

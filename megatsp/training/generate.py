@@ -1,27 +1,30 @@
-"""Continues a text with a trained model, on the tsp axis it is given.
+"""Continues a text with a trained model, on the mesh it is given.
 
 There is no key/value cache: every token costs a forward pass over the text so far, at most the
 length that the model was trained at.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megatsp.axes import Axes, choose_device, join
 from megatsp.checkpoint import paths, store
 from megatsp.checkpoint.manifest import check_folder
+from megatsp.comm import Comm
 from megatsp.compose import from_yaml
 from megatsp.data.tokenizer import Tokenizer
-from megatsp.model.gpt import GPT, local
-from megatsp.model.parallelize import build_model
+from megatsp.model.gpt import GPT
+from megatsp.model.parallelize import build_model, reshard, share
 from megatsp.schema import ParallelConfig
 from megatsp.training.base import load_base
 from megatsp.tsp.norm import rms_norm
-from megatsp.tsp.partition import local_positions, take_local
 from megatsp.validate import validate
 
 
@@ -76,6 +79,7 @@ def generate(
     temperature: float,
     seed: int,
     context: int,
+    before_token: Callable[[], object] = lambda: None,
 ) -> str:
     """The prompt and up to `tokens` more, sampled at `temperature` (0: the likeliest), to the first eod.
 
@@ -85,6 +89,7 @@ def generate(
     start = len(ids)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(tokens):
+        before_token()
         # An embedding may have more rows than there are tokens.
         logits = next_token_logits(gpt, axes, ids[-context:]).cpu()[: tokenizer.vocab_size]
         if temperature == 0:
@@ -102,19 +107,40 @@ def generate(
 
 @torch.no_grad()
 def next_token_logits(gpt: GPT, axes: Axes, ids: list[int]) -> Tensor:
-    """Logits of the token after `ids`: fp32 [V], the same on all ranks.
+    """Logits of the token after `ids`: fp32 [V], the same on all ranks, on any mesh.
 
-    The sequence is padded to a multiple of 2D; what follows a token cannot change it.
+    The sequence is padded until it splits over the mesh; what follows a token cannot change it.
     """
-    comm, count = axes.tsp, len(ids)
-    length = -(-count // (2 * comm.size)) * 2 * comm.size
+    count, ranks = len(ids), axes.sequence.size
+    multiple = ranks * math.lcm(2, axes.tp.size)
+    length = -(-count // multiple) * multiple
     padded = torch.tensor([ids + [0] * (length - count)], device=axes.device)
-    x = gpt(take_local(padded, comm.rank, comm.size))
-    is_last = local_positions(length, comm.rank, comm.size, axes.device) == count - 1
-    last = comm.all_reduce((x[0] * is_last[:, None]).sum(0), "generate").wait()
-    gain = gpt.engine.head.small.gains([local(gpt.model.norm.weight)])[0]
-    normed = rms_norm(last, gain, gpt.config.norm_epsilon).float()
-    # Each rank has its columns of the head: partial logits, summed over the group.
-    weight = local(gpt.head_weight).float()
-    mine = normed.chunk(comm.size)[comm.rank]
-    return comm.all_reduce(weight @ mine, "generate").wait()
+    x = gpt(axes.take_local(padded))
+    reshard(gpt)  # back to fp32: FSDP shows the compute dtype's copies while a module is gathered
+    is_last = axes.take_local(torch.arange(length, device=axes.device)[None])[0] == count - 1
+    last = (x[0] * is_last[:, None]).sum(0)
+    for comm in (axes.sequence, axes.tp):
+        last = comm.all_reduce(last, "generate").wait()
+    gain = gpt.model.norm.weight
+    assert isinstance(gain, DTensor)
+    normed = rms_norm(last, gain.full_tensor(), gpt.config.norm_epsilon).float()
+    return _head_logits(gpt.head_weight, normed, axes)
+
+
+def _head_logits(head: Tensor, normed: Tensor, axes: Axes) -> Tensor:
+    """head [V, h] times normed [h]: each rank's piece of the matrix gives a part, summed over the mesh."""
+    assert isinstance(head, DTensor)
+    rows, columns = [0, head.shape[0]], [0, head.shape[1]]
+    # Cut over tsp or tp, and what that left by FSDP: those are the mesh's last dims, innermost last.
+    names = ("model", "shard")
+    for name, placement in zip(names, reversed(head.placements), strict=False):
+        if placement.is_replicate():
+            continue
+        span = rows if placement.dim == 0 else columns  # type: ignore[attr-defined]  # a shard
+        start, stop = share(span[1] - span[0], axes.weights.get_local_rank(name), axes.weights[name].size())
+        span[:] = span[0] + start, span[0] + stop
+    logits = normed.new_zeros(head.shape[0])
+    logits[slice(*rows)] = head.to_local().float() @ normed[slice(*columns)]
+    for name in names:
+        logits = Comm(axes.weights.get_group(name), axes.traffic).all_reduce(logits, "generate").wait()
+    return logits

@@ -14,6 +14,7 @@ from megatsp.checkpoint import paths
 from megatsp.checkpoint.paths import replace_text
 from megatsp.schema import Config
 from megatsp.training.folder import run_folder
+from megatsp.training.wandb_run import log_exports
 
 MODEL, ADAPTER, RECORD = "hf", "adapter", "export.json"
 
@@ -24,7 +25,8 @@ def give_back(config: Config, again: bool) -> None:
     again: also what was exported before.
 
     Raises:
-        ValueError: there is something else where it would go, or the exported logits are not ours.
+        ValueError: there is something else where it would go, the exported logits are not ours, or W&B, which
+            logging.wandb_artifacts gives them to, does not start.
     """
     finetune, run = config.finetune, run_folder(config)
     if finetune.export == "none":
@@ -33,7 +35,11 @@ def give_back(config: Config, again: bool) -> None:
     best = paths.best(checkpoints) if finetune.export == "best" else None
     found = best or paths.chosen(checkpoints, "last")
     writers = _writers(config, found)
-    record = {"checkpoint": found.name, "dtype": finetune.export_dtype, "folders": list(writers)}
+    record: dict[str, Any] = {
+        "checkpoint": found.name, "dtype": finetune.export_dtype, "folders": list(writers),
+    }  # fmt: skip
+    if config.logging.wandb_artifacts:
+        record["wandb"] = True
     before = _read_record(run)
     if not again and before == record and all((run / name).is_dir() for name in writers):
         print(f" exported:   {', '.join(str(run / name) for name in writers)} already, from {found.name}")
@@ -50,6 +56,8 @@ def give_back(config: Config, again: bool) -> None:
         print(f" exported:   {run / name}, from {found.name}")
         if report is not None:
             print(f" verified:   {report}", flush=True)
+    if config.logging.wandb_artifacts:
+        print(f" {log_exports(config, run, [run / name for name in writers])}", flush=True)
     replace_text(run / RECORD, json.dumps(record, indent=2) + "\n")
 
 

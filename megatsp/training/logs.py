@@ -1,25 +1,25 @@
 """What a run reports: metrics.jsonl, Weights & Biases, Megatron's iteration line, a progress bar.
 
 metrics.jsonl is the source of truth: one object a line, flushed line by line. W&B gets the same
-numbers under the same names, with an explicit step.
+numbers under the same names, with an explicit step: see wandb_run.py.
 """
 
 import errno
 import json
-import logging
 import os
-import secrets
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
-from netrc import NetrcParseError, netrc
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from megatsp.checkpoint.paths import replace_text
+from megatsp.exit_status import HANG
 from megatsp.schema import Config
+from megatsp.training.events import Event, append_event
+from megatsp.training.samples import append_samples, by_iteration, drop_after, sample_line
+from megatsp.training.wandb_run import WandbRun, wandb_mode
 
 Metrics = Mapping[str, float | int | str | None]
 
@@ -28,9 +28,11 @@ class Reporter:
     """Reports for rank 0; on the others every method does nothing.
 
     Entries after `iteration`, of a run that went further than its last checkpoint, are taken
-    out of metrics.jsonl: the run will write them again.
+    out of metrics.jsonl: the run will write them again. What W&B lacks of those that stay, it is given.
 
     evaluates: the run begins with an evaluation of `iteration`, whose entries are taken out too.
+    about: joins the configuration in W&B: see `megatsp.training.origin`.
+    sampled_at: the iteration of the last samples.
     """
 
     def __init__(
@@ -41,59 +43,42 @@ class Reporter:
         wandb_run_id: str,
         active: bool,
         evaluates: bool = False,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self._active, self._total = active, config.trainer.train_iters
-        self.wandb_run_id = wandb_run_id
-        self._run: Any = None
+        self._folder, self._iteration = folder, iteration
+        self.wandb_run_id, self.sampled_at = wandb_run_id, 0
+        self._wandb: WandbRun | None = None
         self._unwritten, self._is_held_up = b"", False  # of metrics.jsonl, by a full disk
         if not active:
             return
-        self._start_wandb(config, folder)
         self._path = folder / "metrics.jsonl"
         # A new run has logged nothing, not even of its first weights.
         _drop_after(self._path, iteration or -1, evaluates)
+        self.sampled_at = drop_after(folder, iteration)
+        if wandb_mode(config.logging.wandb) != "disabled":
+            self._wandb = WandbRun(config, folder, wandb_run_id, about or {})
+            self.wandb_run_id = self._wandb.id
+            self._to_wandb(self._catch_up)
         self._file = self._path.open("ab", buffering=0)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=self._total, initial=iteration, unit="it", disable=not on_terminal)
 
-    def _start_wandb(self, config: Config, folder: Path) -> None:
-        mode = wandb_mode(config.logging.wandb)
-        if mode == "disabled":
-            return
-        import wandb
-
-        self.wandb_run_id = self.wandb_run_id or secrets.token_hex(4)
-        logging.getLogger("wandb").setLevel(logging.ERROR)
-
-        def start(mode: str) -> Any:
-            return wandb.init(
-                project=config.logging.wandb_project,
-                entity=config.logging.wandb_entity or None,
-                name=config.name,
-                id=self.wandb_run_id,
-                resume="allow",
-                mode=mode,  # type: ignore[arg-type]  # wandb_mode gives no other words
-                dir=folder,
-                config=asdict(config),
-                settings=wandb.Settings(silent=True),
-            )
-
-        try:
-            try:
-                self._run = start(mode)
-            except (wandb.errors.CommError, TimeoutError) as error:
-                if isinstance(error, wandb.errors.AuthenticationError):
-                    raise
-                print(f" Weights & Biases does not answer ({error}): this run is kept offline", flush=True)
-                self._run = start("offline")
-        except (wandb.Error, TimeoutError) as error:
-            raise ValueError(
-                f"Weights & Biases did not start ({mode}): {error}. Check WANDB_API_KEY, or use "
-                "logging.wandb=offline or disabled"
-            ) from error
+    def _catch_up(self, run: WandbRun) -> None:
+        """Gives W&B what it lacks of the entries and samples there are."""
+        entries: dict[int, list[dict[str, Any]]] = {}
+        for entry in read_metrics(self._path) if self._path.exists() else ():
+            entries.setdefault(entry["iteration"], []).append(entry)
+        samples = by_iteration(self._folder)
+        for iteration in sorted({*entries, *samples}):
+            for entry in entries.get(iteration, ()):
+                run.log(iteration, entry)
+            if iteration in samples:
+                run.log_samples(iteration, samples[iteration])
 
     def go_back(self, iteration: int) -> None:
         """Takes out the entries after `iteration`: the run goes on from there."""
+        self._iteration = iteration
         if not self._active:
             return
         kept = [
@@ -103,6 +88,8 @@ class Reporter:
         self._file.close()
         _drop_after(self._path, iteration)
         self._file = self._path.open("ab", buffering=0)
+        self.sampled_at = drop_after(self._folder, iteration)
+        self._to_wandb(lambda run: run.go_back(iteration))
         self._bar.n = iteration
         self._bar.refresh()
 
@@ -113,8 +100,52 @@ class Reporter:
         entry = {"iteration": iteration, **metrics}
         self._unwritten += json.dumps(entry).encode() + b"\n"
         self._write()
-        if self._run is not None:
-            self._run.log({k: v for k, v in entry.items() if v is not None}, step=iteration)
+        self._to_wandb(lambda run: run.log(iteration, entry))
+
+    def log_samples(self, iteration: int, samples: list[dict[str, str]]) -> None:
+        """Texts that the model continued: to samples.jsonl, W&B and the console."""
+        self.sampled_at = iteration
+        if not self._active:
+            return
+        try:
+            append_samples(self._folder, iteration, samples)
+        except OSError as error:
+            self.say(f" samples of iteration {iteration} were not written: {error.strerror}")
+        self._to_wandb(lambda run: run.log_samples(iteration, samples))
+        for sample in samples:
+            self.say(sample_line(iteration, sample))
+
+    def event(self, event: Event) -> None:
+        """Writes what happened to events.jsonl, and to W&B if it is worth an alert."""
+        if not self._active:
+            return
+        try:
+            append_event(self._folder, event)
+        except OSError as error:
+            self.say(f" an event was not written ({event.kind}): {error.strerror}")
+        if event.alert:
+            self._to_wandb(lambda run: run.alert(event.kind, event.text, event.alert))
+
+    def hang(self, text: str) -> None:
+        """For the watchdog's thread, before it ends the process; on whichever rank speaks for the others.
+
+        Raises:
+            OSError: the event cannot be written.
+        """
+        append_event(self._folder, Event("hang", self._iteration, text, "ERROR"))
+        if self._wandb is not None:
+            self._wandb.alert("hang", text, "ERROR")
+            self._wandb.close(row_is_open=True, exit_code=HANG)
+
+    def _to_wandb(self, use: Callable[[WandbRun], object]) -> None:
+        """W&B's service may die; training goes on, and the next start gives W&B what it lacks."""
+        if self._wandb is None:
+            return
+        try:
+            use(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            self.say(f" W&B failed ({error}): it gets nothing more of this start, metrics.jsonl has it all")
 
     def _write(self) -> None:
         """Writes what is not written yet; what the disk refuses stays, in whole lines, for the next time."""
@@ -142,10 +173,12 @@ class Reporter:
             sys.stdout.flush()
 
     def advance(self) -> None:
+        self._iteration += 1
         if self._active:
             self._bar.update()
 
-    def close(self) -> None:
+    def close(self, row_is_open: bool = False, exit_code: int = 0) -> None:
+        """row_is_open: a resumed run has more to log of the last iteration."""
         if not self._active:
             return
         self._bar.close()
@@ -153,25 +186,7 @@ class Reporter:
         if self._unwritten:
             self.say(f" {self._unwritten.count(b'{')} entries of {self._path} were never written")
         self._file.close()
-        if self._run is not None:
-            self._run.finish()
-
-
-def wandb_mode(wanted: str) -> str:
-    """online, offline or disabled: what is set, then WANDB_MODE, then whether there is an API key."""
-    if wanted != "auto":
-        return wanted
-    if mode := os.environ.get("WANDB_MODE"):
-        if mode not in ("online", "offline", "disabled"):
-            raise ValueError(f"WANDB_MODE={mode}: use online, offline or disabled, or unset it")
-        return mode
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    try:
-        known = netrc(os.environ.get("NETRC")).hosts
-    except (OSError, NetrcParseError):
-        known = {}
-    return "online" if any("wandb" in host for host in known) else "offline"
+        self._to_wandb(lambda run: run.close(row_is_open, exit_code))
 
 
 def iteration_line(iteration: int, total: int, global_batch_size: int, metrics: Metrics) -> str:

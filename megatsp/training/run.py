@@ -1,12 +1,15 @@
 """The training run, read top to bottom: set up, step, evaluate, log, save, sum up."""
 
+import os
 import sys
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
+from types import TracebackType
 
 import torch.distributed as dist
 
-from megatsp import exit_status
+from megatsp import exit_status, launcher
 from megatsp.axes import choose_device, join
 from megatsp.checkpoint import paths, store
 from megatsp.checkpoint.retention import finish_removals
@@ -14,17 +17,20 @@ from megatsp.compose import to_yaml
 from megatsp.schema import Config
 from megatsp.training.bad_steps import Back, Verdict, rolled_back
 from megatsp.training.best import judge, point_to_best
-from megatsp.training.folder import find_checkpoints, lock, run_folder, set_aside
+from megatsp.training.events import Event, of_end, of_start, of_step
+from megatsp.training.folder import Busy, find_checkpoints, forget_other_run, lock, run_folder, set_aside
 from megatsp.training.give_back import give_back
 from megatsp.training.interval import Interval
 from megatsp.training.last_words import last_words, say_lost, sum_up
 from megatsp.training.logs import Reporter, evaluation_line, iteration_line
 from megatsp.training.messages import advice, greeting, source_lines, transfers
+from megatsp.training.origin import about
 from megatsp.training.out_of_memory import explain, is_out_of_memory, record_history
 from megatsp.training.profile import Profiler
 from megatsp.training.progress import has_ended, is_over, owes_evaluation, why_ended
 from megatsp.training.ranks import from_first
 from megatsp.training.rollback import first_state, load_before
+from megatsp.training.sampling import is_due, make_samples
 from megatsp.training.saving import Saves
 from megatsp.training.slow_ranks import SlowRanks
 from megatsp.training.steps import Steps
@@ -83,6 +89,7 @@ class Training(Steps):
     """A run on this rank: the loop around its steps, and what it reports and saves."""
 
     _owes_save = False  # one was due amid bad steps
+    _sampled_at = 0  # the iteration of the last samples
 
     def run(self, stopper: Stopper | None = None) -> int:
         """Trains to the end, or to where all ranks agree to stop; returns the exit status."""
@@ -92,7 +99,7 @@ class Training(Steps):
                     finish_removals(self.folder / "checkpoints")
                 print(f"{self.folder} {why_ended(self.config, self.state)}")
             return 0
-        with lock(self.folder) if self.is_first else nullcontext():
+        with lock(self.folder, self._patience_s()) if self.is_first else nullcontext():
             self._open_folder()
             status = self._train(stopper or Stopper())
         self.gpt.engine.close()
@@ -104,10 +111,18 @@ class Training(Steps):
         state, config = self.state, self.config
         start = state.iteration
         is_cut_back = start > 0 and owes_evaluation(config, state)
-        reporter = Reporter(config, self.folder, start, state.wandb_run_id, self.is_first, is_cut_back)
+        origin = about(self.axes)
+        reporter = Reporter(
+            config, self.folder, start, state.wandb_run_id, self.is_first, is_cut_back, origin
+        )
         with ExitStack() as stack:
-            stack.enter_context(closing(reporter))
+            stack.push(partial(self._close, reporter))
+            if self.watchdog is not None:
+                self.watchdog.on_hang = reporter.hang
+                stack.callback(setattr, self.watchdog, "on_hang", None)
             self.state = replace(state, wandb_run_id=from_first(reporter.wandb_run_id))
+            self._sampled_at = int(from_first(str(reporter.sampled_at)))
+            reporter.event(of_start(start, origin))
             self._introduce(start, reporter)
             has_best = self.base is not None
             saves = Saves(self.folder / "checkpoints", config.checkpoint, self.state, has_best, self.beat)
@@ -126,11 +141,29 @@ class Training(Steps):
                 status = stopper.stop.status
             for line in last_words(config, self.state, stopper.stop, status):
                 reporter.say(line)
+            reporter.event(of_end(config, self.state, stopper.stop, status))
             if lost is not None and self.is_first:
                 say_lost(lost, saves.saved_at)
         if self.is_first:
             sum_up(self.folder, config.name, self.state.iteration, saves.saved_at)
         return status
+
+    def _close(
+        self,
+        reporter: Reporter,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends what is reported, with the error that ends this start, if one does."""
+        if error is not None:
+            text = f"{type(error).__name__}: {error}"
+            reporter.event(Event("failed", self.state.iteration, text, "ERROR"))
+        is_open = owes_evaluation(self.config, self.state) or self._owes_samples()
+        reporter.close(row_is_open=is_open, exit_code=int(error is not None))
+
+    def _owes_samples(self) -> bool:
+        return is_due(self.config, self.state, self._sampled_at)
 
     def _loop(self, stopper: Stopper, reporter: Reporter, saves: Saves, profiler: Profiler) -> bool:
         """Steps, and what is due after each, until the run is over or asked to stop.
@@ -146,10 +179,12 @@ class Training(Steps):
         try:
             interval.restart()
             while goes_on and not is_over(self.config, self.state):
-                iteration = self.state.iteration + 1
+                before, iteration = self.state, self.state.iteration + 1
                 result = self.step(iteration, loader, stopper, saves)
                 for line in result.lines[: -1 if result.verdict is Verdict.STOP else None]:
                     reporter.say(line)
+                for event in of_step(before, self.state, result.lines):
+                    reporter.event(event)
                 if result.verdict is Verdict.SUSPECT:
                     return False
                 if result.verdict is Verdict.STOP:
@@ -158,6 +193,7 @@ class Training(Steps):
                 if result.verdict is Verdict.ROLL_BACK:
                     loader.close()
                     assert result.back is not None
+                    reporter.event(Event("rollback", iteration, "\n".join(result.lines), "WARN"))
                     self._roll_back(result.back, saves, reporter)
                     loader = self.loader()
                     interval = Interval(self.config, self.axes, self.waits)
@@ -182,6 +218,8 @@ class Training(Steps):
         """The evaluation and the save that are due here; False if the evaluation was cut off."""
         if owes_evaluation(self.config, self.state) and not self._evaluate(stopper, reporter):
             return False
+        if self._owes_samples():
+            self._sample(reporter)
         state = self.state
         self._owes_save |= self._is_due(self.config.checkpoint.save_interval)
         # Not amid bad steps: the newest checkpoint is one from before them. But a best one has no other time.
@@ -209,6 +247,12 @@ class Training(Steps):
         self.state = replace(state, evaluated_at=state.iteration)
         return True
 
+    def _sample(self, reporter: Reporter) -> None:
+        """Lets the model continue texts, on all ranks."""
+        made = make_samples(self.gpt, self.axes, self.tokenizer, self.config, self.beat)
+        self._sampled_at = self.state.iteration
+        reporter.log_samples(self.state.iteration, made)
+
     def _log(self, interval: Interval, slow: SlowRanks, reporter: Reporter) -> None:
         settings, iteration = self.config.trainer, self.state.iteration
         ranks, line = slow.report(iteration)
@@ -234,6 +278,7 @@ class Training(Steps):
             found = first_state(self.config, self.axes, self.gpt, self.optimizer, self.base, left.data_key)
         self.state = rolled_back(found, left, back)
         reporter.go_back(self.state.iteration)
+        self._sampled_at = min(self._sampled_at, self.state.iteration)
         saves.go_back(self.state)
         self._owes_save = False
         reporter.say(
@@ -252,13 +297,20 @@ class Training(Steps):
         for line in source_lines(self.config, self.data):
             reporter.say(line)
 
+    def _patience_s(self) -> float:
+        """How long to wait for ranks that a job's attempt before left on a lost node; 0: this is no job."""
+        return self.config.trainer.hang_timeout_s / 2 if launcher.ATTEMPT_FOLDER in os.environ else 0.0
+
     def _open_folder(self) -> None:
         if self.is_first:
             if find_checkpoints(self.config, lambda line: None) != self.candidates:
-                raise ValueError(f"another run saved into {self.folder} meanwhile: start again")
+                kind = Busy if self._patience_s() else ValueError
+                raise kind(f"another run saved into {self.folder} meanwhile: start again")
             try:
-                if not self.candidates and (line := set_aside(self.folder)):
-                    print(f" {line}", flush=True)
+                if not self.candidates:
+                    if line := set_aside(self.folder):
+                        print(f" {line}", flush=True)
+                    forget_other_run(self.folder, self.config)
                 if self.resumed is not None:
                     for left in paths.abandon_after(self.folder / "checkpoints", self.state.iteration):
                         print(f" set aside: {left}", flush=True)

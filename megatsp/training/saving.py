@@ -13,6 +13,7 @@ from megatsp.checkpoint.saver import Failed, Saved, Saver
 from megatsp.checkpoint.state import RunState
 from megatsp.data.tokenizer import Tokenizer
 from megatsp.schema import CheckpointConfig
+from megatsp.training.events import Event
 from megatsp.training.logs import Reporter
 
 
@@ -127,11 +128,13 @@ class Saves:
             reporter.say(
                 f" saved {news.folder} in {news.seconds:.1f} s; training stood still {news.stall_ms:.0f} ms"
             )
+            reporter.event(Event("saved", news.iteration, str(news.folder)))
             if news.problem:
                 reporter.say(f" {news.problem}")
             return state
         then = "it is lost" if news.retry_s is None else f"it is tried again in {news.retry_s:.0f} s"
         reporter.say(f" checkpoint of iteration {news.iteration} was not saved: {news.reason}; {then}")
+        reporter.event(Event("save failed", news.iteration, f"{news.reason}; {then}"))
         if news.retry_s is None:
             self._given = (-1, -1)
             if state.best_iteration == news.iteration:

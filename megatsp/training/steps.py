@@ -35,6 +35,7 @@ from megatsp.training.progress import is_due, is_over
 from megatsp.training.ranks import on_device
 from megatsp.training.rerun import rerun
 from megatsp.training.resume import Resumed, find_candidates, load_newest
+from megatsp.training.sampling import check_prompts
 from megatsp.training.saving import Saves
 from megatsp.training.schedule import learning_rate
 from megatsp.training.stopping import Stopper
@@ -47,7 +48,9 @@ class Steps:
     def __init__(self, config: Config, device: torch.device, watchdog: Watchdog | None = None) -> None:
         self.config = config
         self.beat = watchdog.beat if watchdog is not None else lambda what: None
+        self.watchdog = watchdog
         self.tokenizer = load_tokenizer(config.data.tokenizer)
+        check_prompts(config, self.tokenizer)
         self.data = load_splits(config, self.tokenizer)
         self.beat("the data were opened")
         self.folder = run_folder(config)

@@ -16,6 +16,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,10 +39,14 @@ class Watchdog:
         folder: the run's.
         timeout_s: from the last beat to the exit; 0 watches nothing.
         traffic: of the axes, if they are known already: else set it later.
+
+    on_hang, if set, is called with the summary by the rank that prints it, in a thread: it may take what is
+    left of the time, but 5 s at most, and may fail.
     """
 
     def __init__(self, folder: Path, timeout_s: float, traffic: Traffic | None = None) -> None:
         self.traffic = traffic
+        self.on_hang: Callable[[str], object] | None = None
         self._folder, self._timeout_s = folder, timeout_s
         self._tick_s = min(1.0, timeout_s / 20)
         self._looks_s = timeout_s / 4  # when it is quiet enough to look whether another rank hangs
@@ -104,10 +110,27 @@ class Watchdog:
             faulthandler.dump_traceback(_STDERR)
             found = {self._rank: {"what": what, "quiet_s": quiet_s, "collectives": {}}}
         if self._rank == min(found):
-            print(summary(found, self._size, self._hang), file=sys.stderr, flush=True)
+            text = summary(found, self._size, self._hang)
+            print(text, file=sys.stderr, flush=True)
+            self._tell(text, since + self._exits_s)
         while len(found) < self._size and time.monotonic() < since + self._exits_s:
             time.sleep(self._tick_s / 4)  # a rank without threads has its timer yet
         os._exit(HANG)
+
+    def _tell(self, text: str, deadline: float) -> None:
+        """Calls on_hang, and waits for it as long as there is time."""
+
+        def tell() -> None:
+            with suppress(
+                Exception
+            ):  # the hang was printed: this process ends for it, not for another reason
+                assert self.on_hang is not None
+                self.on_hang(text)
+
+        if self.on_hang is not None:
+            teller = threading.Thread(target=tell, name="hang", daemon=True)
+            teller.start()
+            teller.join(max(0.0, min(5.0, deadline - time.monotonic())))
 
     def _dump(self, what: str, quiet_s: float) -> None:
         self._hang.mkdir(parents=True, exist_ok=True)
