@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatsp.checkpoint.paths import replace_text
 from megatsp.parser import Parser
-from megatsp.report.page import page
+from megatsp.report.page import METRICS, page
 from megatsp.report.sources import read_run
 
 REPORT = "report.html"
@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="<output_dir>/<name> of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help=f"where to (default: RUN/{REPORT})")
     given = parser.parse_args(arguments)
-    found = read_run(given.run_folder)
+    found = read_run(given.run_folder, METRICS)
     output: Path = given.output or given.run_folder / REPORT
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"--output {output}: give a file in a folder that exists")

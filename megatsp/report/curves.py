@@ -2,7 +2,6 @@
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -52,12 +51,8 @@ def drawings(metrics: Sequence[dict[str, Any]], checkpoints: Sequence[int]) -> l
 
 
 def _points(metrics: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """Iteration and finite value of each entry that has it."""
-    return [
-        (entry["iteration"], float(value))
-        for entry in metrics
-        if isinstance(value := entry.get(name), int | float) and math.isfinite(value)
-    ]
+    """Iteration and value of each entry that has it."""
+    return [(entry["iteration"], entry[name]) for entry in metrics if name in entry]
 
 
 def thinned(points: Sequence[tuple[int, float]], most: int = _MOST_POINTS) -> list[tuple[int, float]]:

@@ -4,14 +4,13 @@ All that comes from a run, its name, prompts, events, is escaped in `_cell` and 
 text into the page.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
 from megatsp import __version__
-from megatsp.report.curves import drawings
+from megatsp.report.curves import PLOTS, drawings
 from megatsp.report.sources import Entry, Run
 from megatsp.schema import AXES
 
@@ -32,6 +31,13 @@ _LATEST = (
     ("tflops/gpu", "TFLOP/s per GPU", ",.1f"), ("mfu", "MFU", ".1%"), ("memory/peak-gib", "GiB peak", ".1f"),
     ("skipped-steps", "skipped steps", ",d"), ("loss-spikes", "spikes", ",d"),
 )  # fmt: skip
+METRICS = frozenset(  # what the page shows
+    [
+        "consumed-tokens",
+        *(name for plot in PLOTS for name, _ in plot.names),
+        *(name for name, _, _ in _LATEST),
+    ]
+)
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; margin: 0 auto;
   max-width: 72rem; padding: 1rem; }
@@ -63,7 +69,7 @@ def page(run: Run) -> str:
         for title, uri in drawings(run.metrics, run.checkpoints)
     )
     sections = [
-        ("Curves", f'<p class="note">Triangles: checkpoints.</p><div class="plots">{plots}</div>'),
+        ("Curves", plots and f'<p class="note">Triangles: checkpoints.</p><div class="plots">{plots}</div>'),
         ("Mesh", _table(("axis", "ranks"), _mesh(run))),
         ("Settings", _table(("key", "value"), _settings(run))),
         ("Attempts", _table(_ATTEMPT, (_attempt(attempt) for attempt in run.attempts))),
@@ -72,7 +78,7 @@ def page(run: Run) -> str:
         ("Samples", _samples(run.samples)),
     ]
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections if content)
-    return (
+    whole = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" '
@@ -80,6 +86,7 @@ def page(run: Run) -> str:
         f"<title>{_text(run.name)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{_text(run.name)}</h1>{_summary(run)}{body}</body></html>\n"
     )
+    return whole.encode(errors="replace").decode()  # half of a character, from a text that was cut
 
 
 _TIMES = ("started", "ended")
@@ -122,23 +129,20 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _summary(run: Run) -> str:
-    last, total = run.metrics[-1]["iteration"], run.settings.get("trainer.train_iters", "?")
+    last = run.metrics[-1]["iteration"] if run.metrics else 0
+    total = run.settings.get("trainer.train_iters", "?")
     ends = [event for event in run.events if event.get("kind") not in ("saved", "spike", "not finite")]
     state = f"; last event: {_text(ends[-1].get('kind', ''))}" if ends else ""
     wandb = f"; W&amp;B run {_text(run.wandb_id)}" if run.wandb_id else ""
     note = (
-        f'<p class="note">iteration {last} of {_text(total)}{state}{wandb}; metrics of {_text(run.changed)}; '
+        f'<p class="note">iteration {last} of {_text(total)}{state}{wandb}; '
+        f"{_text(f'metrics of {run.changed}' if run.changed else 'nothing was logged yet')}; "
         f"{_text(run.folder)}; megatsp {__version__}</p>"
     )
     numbers = []
     for name, label, form in _LATEST:
-        known = (
-            entry[name]
-            for entry in reversed(run.metrics)
-            if isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
-        )
-        if (value := next(known, None)) is not None:
-            shown = format(int(value) if form.endswith("d") else float(value), form)
+        if (value := next((e[name] for e in reversed(run.metrics) if name in e), None)) is not None:
+            shown = format(int(value) if form.endswith("d") else value, form)
             numbers.append(f"<div><b>{_text(shown)}</b>{_text(label)}</div>")
     return f'{note}<div class="numbers">{"".join(numbers)}</div>'
 
@@ -148,7 +152,8 @@ def _mesh(run: Run) -> list[tuple[str, Any]]:
 
 
 def _settings(run: Run) -> list[tuple[str, Any]]:
-    return [(name, run.settings[name]) for name in _SETTINGS if run.settings.get(name) not in (None, "")]
+    names = (n for n in _SETTINGS if run.settings.get("finetune.hf") or not n.startswith("finetune."))
+    return [(name, run.settings[name]) for name in names if run.settings.get(name) not in (None, "")]
 
 
 def _events(events: Sequence[Entry]) -> str:

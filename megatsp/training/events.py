@@ -43,26 +43,39 @@ def append_event(folder: Path, event: Event) -> None:
         "kind": event.kind,
         "text": event.text[:_MOST_TEXT],
     }
-    with (folder / EVENTS).open("a+b", buffering=0) as file:
+    append_objects(folder / EVENTS, [entry])
+
+
+def append_objects(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Adds objects to a file with one a line, on lines of their own also after one that a kill has torn.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    with path.open("a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
-        torn = file.read(1) not in (b"", b"\n")  # by a kill, or a full disk
-        file.write(b"\n" * torn + json.dumps(entry).encode() + b"\n")
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
     """The objects of a file with one a line, none if there is no file; damaged lines are left out."""
-    found: list[dict[str, Any]] = []
+    return list(objects(path))
+
+
+def objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, one after the other: a long run's metrics take gigabytes of memory."""
     if not path.is_file():
-        return found
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict):
-            found.append(entry)
-    return found
+        return
+    with path.open(errors="replace") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict):
+                yield entry
 
 
 def of_start(iteration: int, about: dict[str, Any]) -> Event:

@@ -27,6 +27,12 @@ from megatsp.training.base import load_base
 from megatsp.tsp.norm import rms_norm
 from megatsp.validate import validate
 
+_NONE = -1  # instead of a token: there is none to be chosen
+
+
+class NotFinite(ValueError):
+    """A model gives no next token."""
+
 
 def main(
     run_folder: Path, which: str, base: str, prompt: str, tokens: int, temperature: float, seed: int
@@ -84,6 +90,9 @@ def generate(
     """The prompt and up to `tokens` more, sampled at `temperature` (0: the likeliest), to the first eod.
 
     context: most tokens that the model looks back on. The seed decides, not the size of the mesh.
+
+    Raises:
+        NotFinite: the model gives logits that are not finite.
     """
     ids = tokenizer.encode(prompt) or [tokenizer.eod]
     start = len(ids)
@@ -92,13 +101,19 @@ def generate(
         before_token()
         # An embedding may have more rows than there are tokens.
         logits = next_token_logits(gpt, axes, ids[-context:]).cpu()[: tokenizer.vocab_size]
-        if temperature == 0:
+        if not logits.isfinite().all():
+            token = torch.tensor(_NONE)
+        elif temperature == 0:
             token = logits.argmax()
         else:
             token = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)[0]
         token = token.to(axes.device)
         dist.broadcast(token, src=0)  # one choice, should logits differ in a last bit
         gpt.engine.check()
+        if token.item() == _NONE:
+            raise NotFinite(
+                "the model's logits are not finite: its weights have diverged; use an earlier checkpoint"
+            )
         if token.item() == tokenizer.eod:
             break
         ids.append(int(token.item()))

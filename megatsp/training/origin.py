@@ -14,7 +14,7 @@ from megatsp.axes import Axes
 
 
 def about(axes: Axes) -> dict[str, Any]:
-    """code_version, mesh and, in a job of Slurm's, slurm; on all ranks, rank 0's is the one to use."""
+    """code_version (on rank 0 alone, which asks git), mesh and, in a job of Slurm's, slurm; on all ranks."""
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     is_gpu = axes.device.type == "cuda"
@@ -25,7 +25,7 @@ def about(axes: Axes) -> dict[str, Any]:
         "nodes": len(set(hosts)),
         "host": hosts[0],
     }
-    found = {"code_version": code_version(), "mesh": mesh}
+    found = {"code_version": code_version() if dist.get_rank() == 0 else {}, "mesh": mesh}
     return found | ({"slurm": job} if (job := slurm_job()) else {})
 
 

@@ -90,6 +90,7 @@ class Training(Steps):
 
     _owes_save = False  # one was due amid bad steps
     _sampled_at = 0  # the iteration of the last samples
+    _status = 0  # with which this start ends, unless by an error
 
     def run(self, stopper: Stopper | None = None) -> int:
         """Trains to the end, or to where all ranks agree to stop; returns the exit status."""
@@ -139,6 +140,7 @@ class Training(Steps):
                 status = exit_status.HARDWARE
             elif stopper.stop is not None and not self.is_over and not status:
                 status = stopper.stop.status
+            self._status = status
             for line in last_words(config, self.state, stopper.stop, status):
                 reporter.say(line)
             reporter.event(of_end(config, self.state, stopper.stop, status))
@@ -156,11 +158,14 @@ class Training(Steps):
         trace: TracebackType | None,
     ) -> None:
         """Ends what is reported, with the error that ends this start, if one does."""
+        good = (0, exit_status.REQUEUE, exit_status.INTERRUPTED)
+        exit_code = 0 if self._status in good else self._status
         if error is not None:
+            exit_code = exit_status.FAILURE
             text = f"{type(error).__name__}: {error}"
             reporter.event(Event("failed", self.state.iteration, text, "ERROR"))
         is_open = owes_evaluation(self.config, self.state) or self._owes_samples()
-        reporter.close(row_is_open=is_open, exit_code=int(error is not None))
+        reporter.close(row_is_open=is_open, exit_code=exit_code)
 
     def _owes_samples(self) -> bool:
         return is_due(self.config, self.state, self._sampled_at)
@@ -251,7 +256,10 @@ class Training(Steps):
         """Lets the model continue texts, on all ranks."""
         made = make_samples(self.gpt, self.axes, self.tokenizer, self.config, self.beat)
         self._sampled_at = self.state.iteration
-        reporter.log_samples(self.state.iteration, made)
+        if lacking := len(self.config.logging.sample_prompts) - len(made):
+            reporter.say(f" no sample of {lacking} prompts: the model's logits after them are not finite")
+        if made:
+            reporter.log_samples(self.state.iteration, made)
 
     def _log(self, interval: Interval, slow: SlowRanks, reporter: Reporter) -> None:
         settings, iteration = self.config.trainer, self.state.iteration
@@ -307,9 +315,9 @@ class Training(Steps):
                 kind = Busy if self._patience_s() else ValueError
                 raise kind(f"another run saved into {self.folder} meanwhile: start again")
             try:
-                if not self.candidates:
-                    if line := set_aside(self.folder):
-                        print(f" {line}", flush=True)
+                if not self.candidates and (line := set_aside(self.folder)):
+                    print(f" {line}", flush=True)
+                if not self.state.iteration:
                     forget_other_run(self.folder, self.config)
                 if self.resumed is not None:
                     for left in paths.abandon_after(self.folder / "checkpoints", self.state.iteration):

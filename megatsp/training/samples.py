@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatsp.training.events import read_objects
+from megatsp.training.events import append_objects, read_objects
 
 SAMPLES = "samples.jsonl"
 _MOST_SHOWN = 120  # characters on the console
@@ -36,8 +36,7 @@ def drop_after(folder: Path, iteration: int) -> int:
 
 def append_samples(folder: Path, iteration: int, samples: list[dict[str, str]]) -> None:
     """Raises OSError if they cannot be written."""
-    with (folder / SAMPLES).open("a") as file:
-        file.writelines(json.dumps({"iteration": iteration, **sample}) + "\n" for sample in samples)
+    append_objects(folder / SAMPLES, [{"iteration": iteration, **sample} for sample in samples])
 
 
 def by_iteration(folder: Path) -> dict[int, list[dict[str, Any]]]:

@@ -7,7 +7,7 @@ from megatsp.checkpoint.state import RunState
 from megatsp.data.tokenizer import Tokenizer
 from megatsp.model.gpt import GPT
 from megatsp.schema import Config
-from megatsp.training.generate import generate
+from megatsp.training.generate import NotFinite, generate
 
 TEMPERATURE, SEED = 0.8, 1234  # those of `megatsp generate`: it gives the same from the checkpoint
 
@@ -32,9 +32,11 @@ def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def is_due(config: Config, state: RunState, last: int) -> bool:
-    """Whether samples are to be made after this iteration. last: the iteration of the last ones."""
+    """Whether samples are to be made after this iteration; none amid bad steps. last: when the last were."""
     every = config.logging.sample_interval
-    return every > 0 and state.iteration > last and state.iteration % every == 0
+    return (
+        every > 0 and state.iteration > last and state.iteration % every == 0 and not state.bad_steps_in_a_row
+    )
 
 
 def make_samples(
@@ -42,11 +44,15 @@ def make_samples(
 ) -> list[dict[str, str]]:
     """prompt and continuation of each prompt, on all ranks together; weights and random numbers stay.
 
-    beat: the watchdog's, before each token.
+    A prompt after which the model's logits are not finite has none: what becomes of the run is for its losses
+    to say. beat: the watchdog's, before each token.
     """
     made = []
     for prompt in config.logging.sample_prompts:
         settings = config.logging.sample_tokens, TEMPERATURE, SEED, config.trainer.seq_length
-        text = generate(gpt, axes, tokenizer, prompt, *settings, lambda: beat("a sample"))
+        try:
+            text = generate(gpt, axes, tokenizer, prompt, *settings, lambda: beat("a sample"))
+        except NotFinite:
+            continue
         made.append({"prompt": prompt, "continuation": text.removeprefix(prompt)})
     return made

@@ -109,22 +109,24 @@ class Watchdog:
             print(f"megatsp: cannot write {self._hang}: {error.strerror}", file=sys.stderr)
             faulthandler.dump_traceback(_STDERR)
             found = {self._rank: {"what": what, "quiet_s": quiet_s, "collectives": {}}}
+        told = self._hang / "told"
         if self._rank == min(found):
             text = summary(found, self._size, self._hang)
             print(text, file=sys.stderr, flush=True)
             self._tell(text, since + self._exits_s)
-        while len(found) < self._size and time.monotonic() < since + self._exits_s:
-            time.sleep(self._tick_s / 4)  # a rank without threads has its timer yet
+            with suppress(OSError):
+                told.touch()
+        # A rank without threads has its timer yet; and launchers kill all once one has ended.
+        while time.monotonic() < since + self._exits_s and (len(found) < self._size or not told.exists()):
+            time.sleep(self._tick_s / 4)
         os._exit(HANG)
 
     def _tell(self, text: str, deadline: float) -> None:
         """Calls on_hang, and waits for it as long as there is time."""
 
         def tell() -> None:
-            with suppress(
-                Exception
-            ):  # the hang was printed: this process ends for it, not for another reason
-                assert self.on_hang is not None
+            assert self.on_hang is not None
+            with suppress(Exception):  # the hang was printed: this process ends for it, for nothing else
                 self.on_hang(text)
 
         if self.on_hang is not None:

@@ -125,6 +125,7 @@ def test_a_run_that_still_writes_and_one_without_extras(tmp_path):
         "[]",
         '{"iteration": "x"}',
         '{"iteration": 51, "lm loss": NaN, "grad-norm": "x"}',
+        '{"iteration": 52, "consumed-tokens": "x", "grad-norm": 1e300, "tokens/s/gpu": 1' + 400 * "0" + "}",
     ]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     assert "iteration 199 of 300" in report(folder).shown
@@ -152,9 +153,23 @@ def test_what_cannot_be_shown_is_refused(tmp_path, capsys):
     assert "give a file in a folder that exists" in refused(capsys, folder, "--output", tmp_path)
     assert "give a file in a folder" in refused(capsys, folder, "--output", tmp_path / "no" / "page.html")
     (folder / "metrics.jsonl").write_text("")
+    (folder / "events.jsonl").unlink()
+    (folder / "slurm" / "job_7" / "attempts.jsonl").unlink()
     assert "metrics.jsonl has no entry yet" in refused(capsys, folder)
     (folder / "metrics.jsonl").unlink()
     assert "metrics.jsonl has no entry yet" in refused(capsys, folder)
+
+
+def test_a_job_that_ended_before_its_first_metric_is_shown(tmp_path):
+    folder = make_run(tmp_path / "run")
+    write_lines(
+        folder / "slurm" / "job_7" / "attempts.jsonl", {"action": "requeue", "cause": "lost n3 \ud800"}
+    )
+    for name in ("metrics.jsonl", "config.yaml", "events.jsonl", "samples.jsonl"):
+        (folder / name).unlink()
+    shown = report(folder).shown
+    assert "nothing was logged yet" in shown and "Curves" not in shown
+    assert "lost n3 ?" in shown and "requeue" in shown
 
 
 def test_long_runs_are_thinned_and_keep_their_spikes():

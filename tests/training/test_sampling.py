@@ -4,14 +4,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from distributed import run_distributed
 from runs import command, losses, overrides, start_training, train_on_ranks, write_corpus
 
+from megatsp.axes import Axes
+from megatsp.checkpoint.state import RunState
 from megatsp.compose import compose
 from megatsp.data.tokenizer import ByteTokenizer
+from megatsp.model.parallelize import build_model
 from megatsp.training.events import read_objects
+from megatsp.training.generate import generate
 from megatsp.training.samples import append_samples, drop_after, sample_line
-from megatsp.training.sampling import check_prompts
+from megatsp.training.sampling import check_prompts, is_due, make_samples
 from megatsp.validate import validate
 
 MESHES = [
@@ -44,6 +49,27 @@ def test_a_sample_is_what_the_command_gives(tmp_path):
     out, err = job.communicate(timeout=120)
     (sample,) = read_objects(tmp_path / "run" / "samples.jsonl")
     assert (job.returncode, out) == (0, f"the {sample['continuation']}\n"), err
+
+
+def diverge(folder: Path) -> None:
+    config = validate(compose(overrides(folder / "corpus", folder, "parallel.tsp=2")), 2)
+    axes = Axes.build(config.parallel, torch.device("cpu"))
+    gpt = build_model(config, axes)
+    with torch.no_grad():
+        gpt.model.norm.weight.to_local().fill_(float("inf"))
+    assert make_samples(gpt, axes, ByteTokenizer(), config, lambda what: None) == []
+    with pytest.raises(ValueError, match="logits are not finite: its weights have diverged"):
+        generate(gpt, axes, ByteTokenizer(), "the ", 2, 0.0, 1, 24)
+
+
+def test_a_model_that_has_diverged_is_not_sampled(tmp_path):
+    run_distributed(diverge, 2, tmp_path)
+
+
+def test_no_sample_is_due_amid_bad_steps():
+    config = compose(["logging.sample_interval=3"])
+    state = RunState(iteration=6)
+    assert is_due(config, state, 3) and not is_due(config, replace(state, bad_steps_in_a_row=1), 3)
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):

@@ -29,7 +29,13 @@ def hang(folder: Path, how: str) -> None:
     stderr = os.open(folder / f"stderr{dist.get_rank()}", os.O_WRONLY | os.O_CREAT)
     os.dup2(stderr, 2)
     traffic = Traffic()
+
+    def slowly(text: str) -> None:
+        time.sleep(0.3)
+        (folder / "alert").write_text(text)
+
     with Watchdog(folder, TIMEOUT_S, traffic) as watchdog:
+        watchdog.on_hang = slowly
         comm = Comm(dist.group.WORLD, traffic)
         for step in range(4):
             watchdog.beat(f"step {step}")
@@ -68,6 +74,8 @@ def test_a_rank_that_does_not_come_is_found(tmp_path):
     said = (tmp_path / "stderr0").read_text()
     assert "ranks 0, 1: step 3, for " in said
     assert "likely culprit: rank 1 (rank 1 posted " in said
+    # The first rank that ends takes the others with it: nobody may, before rank 0 has told.
+    assert (tmp_path / "alert").read_text() in said
 
 
 def test_a_stopped_rank_is_named_by_the_others(tmp_path):
