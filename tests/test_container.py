@@ -109,7 +109,7 @@ class Image:
         self.wheels.mkdir()
         venv.create(folder / "base", with_pip=True)
         self.bin = folder / "base/bin"
-        torch = {"torch.py": "class version: hip = '7.14'\n"}
+        torch = {"torch.py": "import os\nclass version: hip = os.environ.get('HIP', '7.14') or None\n"}
         make_wheel(self.wheels, "torch", VENDOR, modules=torch)
         make_wheel(self.wheels, "torch", "2.13.0", modules=torch)  # what PyPI would offer
         make_wheel(self.wheels, "plain", "1.0", "torch<2.14,>=2.11", modules={})
@@ -172,22 +172,97 @@ def test_a_changed_torch_is_seen(image: Image) -> None:
         image.python("-m", "pip", "install", "-q", f"torch=={VENDOR}")
 
 
+# ROCm's amp_C: imports always, and without compiled kernels would compile them when one is asked for.
+ROCM_AMP_C = """
+import sys
+class Module:
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        from apex.git_version_info import installed_ops
+        assert installed_ops["amp_C"], "compiled at the first step"
+sys.modules[__name__] = Module()
+"""
+# NVIDIA's: found by the linker only once torch has loaded its libraries.
+CUDA_AMP_C = """
+import sys
+if "torch" not in sys.modules:
+    raise ImportError("libc10.so: cannot open shared object file")
+multi_tensor_adam = 1
+"""
+# A source of ROCm's apex, built as its setup.py does: of two extensions those that the environment asks for.
+ROCM_BACKEND = """
+import os, shutil, zipfile
+def build_wheel(folder, *_):
+    shutil.copy("WHEEL", folder)
+    asked = lambda op: any(name in os.environ for name in (f"APEX_BUILD_{op}", "APEX_BUILD_CUDA_OPS"))
+    with zipfile.ZipFile(os.path.join(folder, "WHEEL"), "a") as wheel:
+        ops = {"amp_C": asked("AMP_C"), "mlp_cuda": asked("MLP")}
+        wheel.writestr("apex/git_version_info.py", f"installed_ops = {ops}")
+    return "WHEEL"
+"""
+
+
+def apex_wheel(folder: Path, amp_c: str, **modules: str) -> Path:
+    files = {"__init__": "", "optimizers": "FusedAdam = 1\n", **modules}
+    modules = {f"apex/{name}.py": text for name, text in files.items()}
+    return make_wheel(folder, "apex", "1.12.0", modules={**modules, "amp_C.py": amp_c})
+
+
+@pytest.fixture
+def no_apex(image: Image) -> Iterator[None]:
+    yield
+    image.python("-m", "pip", "uninstall", "-q", "-y", "apex")
+
+
+@pytest.mark.usefixtures("no_apex")
 def test_apex_of_the_base_or_from_source(image: Image, tmp_path: Path) -> None:
     """A project of the same name does not count; the base image's does, and then nothing is built."""
     namesake = make_wheel(tmp_path, "apex", "0.9", modules={"apex/__init__.py": ""})
-    usable = {"apex/__init__.py": "", "apex/optimizers.py": "FusedAdam = 1\n", "amp_C.py": ""}
-    apex = make_wheel(tmp_path, "apex", "1.12.0", modules=usable)
-    try:
-        result = image.step("apex", "auto", APEX_SOURCE=str(namesake))
-        assert result.returncode == 1, result.stdout
-        assert "the base image has no usable apex: building it from source" in result.stdout
-        assert "the apex just built lacks FusedAdam or amp_C" in result.stdout
-        result = image.step("apex", "source", APEX_SOURCE=str(apex))
-        assert result.returncode == 0, result.stdout
-        result = image.step("apex", "auto", APEX_SOURCE=str(namesake))
-        assert result.returncode == 0 and "install: apex of the base image" in result.stdout, result.stdout
-    finally:
-        image.python("-m", "pip", "uninstall", "-q", "-y", "apex")
+    apex = apex_wheel(tmp_path, CUDA_AMP_C)
+    result = image.step("apex", "auto", APEX_SOURCE=str(namesake), HIP="")
+    assert result.returncode == 1, result.stdout
+    missing = "ModuleNotFoundError: No module named "
+    assert f"the base image has no usable apex ({missing}'amp_C'): building it from source" in result.stdout
+    lacks = "install: the apex just built lacks FusedAdam or amp_C, its compiled kernels"
+    assert f"\n{missing}'amp_C'\n{lacks}\n" in result.stdout
+    result = image.step("apex", "source", APEX_SOURCE=str(apex), HIP="")
+    assert result.returncode == 0, result.stdout
+    result = image.step("apex", "auto", APEX_SOURCE=str(namesake), HIP="")
+    assert result.returncode == 0 and "install: apex of the base image" in result.stdout, result.stdout
+
+
+@pytest.mark.usefixtures("no_apex")
+def test_apex_of_rocm_without_kernels_is_built(image: Image, tmp_path: Path) -> None:
+    """It imports and has FusedAdam, and would compile on each node. Of its extensions one is asked for.
+
+    From git, as by default: pip takes no such source of a version that is there already, unless forced.
+    """
+    kernels = "installed_ops = {'amp_C': %s}\n"
+    lazy = apex_wheel(tmp_path, ROCM_AMP_C, git_version_info=kernels % False)
+    image.python("-m", "pip", "install", "-q", lazy)
+    assert image.python("-c", "import torch, amp_C; from apex.optimizers import FusedAdam") == ""
+    source = tmp_path / "source"
+    source.mkdir()
+    wheel = apex_wheel(tmp_path, ROCM_AMP_C)
+    backend = ROCM_BACKEND.replace("WHEEL", wheel.name)
+    (source / "backend.py").write_text(backend)
+    shutil.move(wheel, source)
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
+    git = ("git", "-C", source, "-c", "user.name=n", "-c", "user.email=e")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "m")):
+        subprocess.run([*git, *command], check=True)
+
+    result = image.step("apex", "auto", APEX_SOURCE=f"git+file://{source}")
+
+    assert result.returncode == 0, result.stdout
+    assert "no usable apex (ImportError: this apex was installed without amp_C compiled)" in result.stdout
+    built = image.python("-c", "from apex.git_version_info import installed_ops as o; print(o)")
+    assert built == "{'amp_C': True, 'mlp_cuda': False}\n"
+    result = image.step("apex", "auto", APEX_SOURCE=str(lazy))
+    assert result.returncode == 0 and "install: apex of the base image" in result.stdout, result.stdout
 
 
 def test_base_without_torch_is_refused(tmp_path: Path) -> None:

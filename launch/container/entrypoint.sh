@@ -19,7 +19,7 @@ if [[ -z ${HOME:-} || ! -d $HOME || ! -w $HOME ]]; then
     echo "megatsp-entrypoint: HOME (${HOME:-unset}) is not writable: caches go to $caches" >&2
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$caches/triton}
     export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$caches/inductor}
-    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$caches/torch_extensions} # apex on ROCm may compile at first use
+    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$caches/torch_extensions} # what torch compiles at first use
     export HF_HOME=${HF_HOME:-$caches/huggingface}
     export MPLCONFIGDIR=${MPLCONFIGDIR:-$caches/matplotlib}
     export WANDB_CACHE_DIR=${WANDB_CACHE_DIR:-$caches/wandb/cache}

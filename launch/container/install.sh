@@ -39,15 +39,29 @@ install_from_source() {
 }
 
 # What optimizer=apex_fused_adam asks of it: PyPI's `apex` is another project, and one built without kernels is of no use.
-apex_is_usable() { python -c 'import amp_C; from apex.optimizers import FusedAdam'; }
+# torch is imported first, for it loads the libraries that the kernels need. ROCm's amp_C imports without kernels too:
+# each node would compile them at its first step. What was compiled when it was installed is in a table of apex's.
+apex_is_usable() {
+    python -c '
+import torch
+if torch.version.hip:
+    from apex.git_version_info import installed_ops
+    if not installed_ops.get("amp_C"):
+        raise ImportError("this apex was installed without amp_C compiled")
+import amp_C
+from apex.optimizers import FusedAdam
+amp_C.multi_tensor_adam  # on ROCm only this loads them
+'
+}
 
-apex_from_source() {
+apex_from_source() { # forced, or pip keeps an unusable one of the same version
     if [[ $(python -c 'import torch; print(torch.version.hip or "")') ]]; then
-        APEX_BUILD_CPP_OPS=1 APEX_BUILD_CUDA_OPS=1 PYTORCH_ROCM_ARCH=${APEX_ARCH:-gfx942;gfx950} \
-            install_from_source "${APEX_SOURCE:-$rocm_apex}"
+        # One of some thirty extensions, which together take half an hour.
+        APEX_BUILD_AMP_C=1 PYTORCH_ROCM_ARCH=${APEX_ARCH:-gfx942;gfx950} \
+            install_from_source --force-reinstall "${APEX_SOURCE:-$rocm_apex}"
     else
         APEX_CPP_EXT=1 APEX_CUDA_EXT=1 TORCH_CUDA_ARCH_LIST=${APEX_ARCH:-9.0} \
-            install_from_source "${APEX_SOURCE:-$cuda_apex}"
+            install_from_source --force-reinstall "${APEX_SOURCE:-$cuda_apex}"
     fi
     apex_is_usable || fail "the apex just built lacks FusedAdam or amp_C, its compiled kernels"
 }
@@ -60,10 +74,10 @@ apex)
     none) echo "install: no apex: optimizer=apex_fused_adam will refuse" ;;
     source) apex_from_source ;;
     auto)
-        if apex_is_usable 2>/dev/null; then
+        if why=$(apex_is_usable 2>&1); then
             echo "install: apex of the base image"
         else
-            echo "install: the base image has no usable apex: building it from source"
+            echo "install: the base image has no usable apex (${why##*$'\n'}): building it from source"
             apex_from_source
         fi
         ;;
