@@ -44,7 +44,7 @@ WORKDIR /work
 RUN megatsp-entrypoint megatsp --version && \
     megatsp-entrypoint python3 -m megatsp train --dry-run >/dev/null && \
     if [[ ${APEX} != none ]]; then \
-        python3 -c 'from megatsp.training.optimizer import load_apex_adam; load_apex_adam()'; \
+        megatsp-entrypoint python3 -c 'from megatsp.training.optimizer import load_apex_adam; load_apex_adam()'; \
     fi
 
 ENTRYPOINT ["megatsp-entrypoint"]

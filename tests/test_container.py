@@ -22,6 +22,8 @@ from megatsp.training.logs import read_metrics
 
 CONTAINER = ROOT / "launch/container"
 STRANGER = 12345  # a uid that no user here has
+# From this source, though the entry script drops PYTHONPATH.
+MEGATSP = ("env", f"PYTHONPATH={ROOT}:{ROOT / 'kernels'}", sys.executable, "-m", "megatsp")
 VENDOR = "2.12.0a0+5af1c2.nv26.5"  # how NVIDIA numbers its builds: of the range only as a pre-release
 
 
@@ -295,7 +297,7 @@ def start(folder: Path, *command: str, **variables: str) -> subprocess.Completed
         "--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search",
     ]  # fmt: skip
     environment = {
-        "PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HOME": "/nonexistent",
+        "PATH": os.environ["PATH"], "HOME": "/nonexistent",
         "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder / "tmp"),
     }  # fmt: skip
     return subprocess.run(
@@ -325,12 +327,10 @@ def test_training_by_a_user_without_home_or_name(open_folder: Path) -> None:
     uid = STRANGER if os.getuid() == 0 else os.getuid()
     before = stray_files(uid, open_folder)
 
-    assert "megatsp" in start(open_folder, sys.executable, "-m", "megatsp", "--version").stdout
+    assert "megatsp" in start(open_folder, *MEGATSP, "--version").stdout
     result = start(
         open_folder,
-        sys.executable,
-        "-m",
-        "megatsp",
+        *MEGATSP,
         "train",
         *overrides(prefix, output, "trainer.train_iters=2", "scheduler.lr_warmup_iters=1"),
     )
@@ -353,6 +353,25 @@ def test_entry_script_keeps_what_is_set(open_folder: Path) -> None:
     # With a home that can be written, nothing is set and nothing is said.
     result = start(open_folder, *show, HOME=str(open_folder / "tmp"))
     assert (result.stdout, result.stderr) == (" \n", "")
+
+
+def test_packages_of_the_host_stay_out(open_folder: Path) -> None:
+    """Those in the caller's home and on its PYTHONPATH; PYTHONHOME would lead to another standard library."""
+    user = open_folder / f".local/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    variable = open_folder / "packages"
+    for folder, name in ((user, "of_home"), (variable, "of_variable")):
+        folder.mkdir(parents=True)
+        (folder / f"{name}.py").touch()
+    (open_folder / "tmp").mkdir()
+    (open_folder / "tmp").chmod(0o777)
+    find = "from importlib.util import find_spec as f; print(f('json') and 1, f('of_home'), f('of_variable'))"
+    host = {"HOME": str(open_folder), "PYTHONPATH": str(variable)}
+    # Not the virtual environment's python, which never looks in the home.
+    python = os.path.realpath(sys.executable)
+    plain = subprocess.run([python, "-c", find], env=host, capture_output=True, text=True).stdout
+    assert plain.count("ModuleSpec") == 2
+    result = start(open_folder, python, "-c", find, **host, PYTHONHOME="/nonexistent")
+    assert (result.stdout, result.returncode) == ("1 None None\n", 0), result.stderr
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs a second user")

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # Runs a command as whoever started the container, who need not be root, known to /etc/passwd, or have a home.
 # Where HOME cannot be written, the caches go to a private folder; a variable that is set already stays.
+# Python packages are the image's alone: Apptainer brings the caller's home and variables, which lead to the host's.
 #
 #   entrypoint.sh python3 -m megatsp train ...
 set -euo pipefail
+
+export PYTHONNOUSERSITE=1 # ~/.local comes before the image's packages
+unset PYTHONPATH PYTHONHOME
 
 uid=$(id -u)
 if [[ -z ${USER:-} ]] && ! id -un >/dev/null 2>&1; then
