@@ -17,19 +17,22 @@ ARG APEX=auto
 ARG APEX_SOURCE=""
 ARG APEX_ARCH=""
 ARG MAX_JOBS=8
-# The version control's commit, for the label: --build-arg COMMIT="$(git rev-parse HEAD)"
-ARG COMMIT=unknown
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-RUN --mount=type=bind,source=launch/container,target=/src bash /src/install.sh dependencies
-# hadolint ignore=DL3059  # layers of their own, so that a change of the source does not build apex again
-RUN --mount=type=bind,source=launch/container,target=/src bash /src/install.sh apex "${APEX}"
+# What these two steps read and no more, so that a change of the source or of a text does not build apex again.
+COPY launch/container/install.sh launch/container/keep_base.py launch/container/requirements.txt \
+     launch/container/requirements-build.txt /opt/megatsp/steps/
+RUN bash /opt/megatsp/steps/install.sh dependencies
+# hadolint ignore=DL3059  # a layer of its own
+RUN bash /opt/megatsp/steps/install.sh apex "${APEX}"
 RUN --mount=type=bind,target=/src,rw bash /src/launch/container/install.sh package
 
 COPY --chmod=755 launch/container/entrypoint.sh /usr/local/bin/megatsp-entrypoint
 RUN useradd --no-log-init --create-home --uid 10001 megatsp && install -d -o megatsp -g megatsp -m 1777 /work
 
+# The version control's commit: --build-arg COMMIT="$(git rev-parse HEAD)". Above, it would build all anew each time.
+ARG COMMIT=unknown
 LABEL org.opencontainers.image.title="megatsp" \
       org.opencontainers.image.description="Long-context GPT training with folded Tensor and Sequence Parallelism" \
       org.opencontainers.image.licenses="Apache-2.0" \
@@ -43,7 +46,7 @@ WORKDIR /work
 # Without a GPU, as that user, from a folder without the source: the program, its kernels and its configurations.
 RUN megatsp-entrypoint megatsp --version && \
     megatsp-entrypoint python3 -m megatsp train --dry-run >/dev/null && \
-    if [[ ${APEX} != none ]]; then \
+    if [ "${APEX}" != none ]; then \
         megatsp-entrypoint python3 -c 'from megatsp.training.optimizer import load_apex_adam; load_apex_adam()'; \
     fi
 

@@ -52,14 +52,33 @@ def test_build_tools_are_pinned() -> None:
     assert pins["setuptools"].version in Requirement(asked).specifier
 
 
+def dockerfile() -> list[tuple[str, str]]:
+    """Instructions, each with the rest of its line."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    return re.findall("^([A-Z]+) +(.*)", text, re.MULTILINE)
+
+
+def test_layers_that_take_long_are_kept() -> None:
+    """Dependencies and apex depend on the files that they read: not on other files, nor on the commit."""
+    steps = dockerfile()
+    dependencies, apex, package, commit = (
+        next(i for i, (_, rest) in enumerate(steps) if text in rest)
+        for text in ("install.sh dependencies", "install.sh apex", "install.sh package", "COMMIT=")
+    )
+    assert dependencies < apex < package < commit
+    assert (steps[commit][0], steps[commit + 1][0]) == ("ARG", "LABEL")
+    ((_, copied),) = [step for step in steps[:apex] if step[0] == "COPY" or "--mount" in step[1]]
+    read = re.findall(r"\$here/(\w[\w.-]*)", (CONTAINER / "install.sh").read_text())
+    assert {Path(file).name for file in copied.split()[:-1]} == {"install.sh", *read}
+
+
 def test_dockerfile() -> None:
     """Bases with a tag, files that are there, a user other than root; hadolint sees the rest."""
-    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
-    steps = [line.split(maxsplit=1) for line in text.splitlines() if re.match("[A-Z]+ ", line)]
+    steps = dockerfile()
     bases = [rest.split()[0] for name, rest in steps if name == "FROM" and "$" not in rest]
     assert len(bases) == 2 and all(re.search(r":[^:]*\d", base) for base in bases)
     assert [rest for name, rest in steps if name == "USER"] == ["10001:10001"]
-    assert not [step for step in steps if step[0] == "ADD" or "sudo" in step[1]]
+    assert not [rest for name, rest in steps if name == "ADD" or "sudo" in rest]
     for name, rest in steps:
         if name == "COPY":
             *sources, _ = [word for word in rest.split() if not word.startswith("--")]
