@@ -3,10 +3,13 @@
 ARG GPU=rocm
 
 # AMD's and NVIDIA's own images, which bring torch, Triton and the libraries below them; Python 3.12 and torch 2.12 in
-# both. Newer: https://hub.docker.com/r/rocm/pytorch/tags (rocmX_ubuntuY_pyZ_pytorch_release_V with V from 2.11 to below
+# both. A vendor may build a tag anew, so give a digest to build the same image twice (launch/container/README.md).
+# Newer: https://hub.docker.com/r/rocm/pytorch/tags (rocmX_ubuntuY_pyZ_pytorch_release_V with V from 2.11 to below
 # 2.14) and https://docs.nvidia.com/deeplearning/frameworks/pytorch-release-notes.
-FROM rocm/pytorch:rocm7.14.1_ubuntu24.04_py3.12_pytorch_release_2.12.0 AS base-rocm
-FROM nvcr.io/nvidia/pytorch:26.05-py3 AS base-cuda
+ARG BASE_ROCM=rocm/pytorch:rocm7.14.1_ubuntu24.04_py3.12_pytorch_release_2.12.0
+ARG BASE_CUDA=nvcr.io/nvidia/pytorch:26.05-py3
+FROM ${BASE_ROCM} AS base-rocm
+FROM ${BASE_CUDA} AS base-cuda
 
 # hadolint ignore=DL3006  # one of the two above, which are tagged
 FROM base-${GPU}
@@ -22,7 +25,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # What these two steps read and no more, so that a change of the source or of a text does not build apex again.
 COPY launch/container/install.sh launch/container/keep_base.py launch/container/requirements.txt \
-     launch/container/requirements-build.txt /opt/megatsp/steps/
+     launch/container/constraints.txt launch/container/requirements-build.txt /opt/megatsp/steps/
 RUN bash /opt/megatsp/steps/install.sh dependencies
 # hadolint ignore=DL3059  # a layer of its own
 RUN bash /opt/megatsp/steps/install.sh apex "${APEX}"

@@ -1,5 +1,6 @@
 """The container without an image: what its build steps keep and refuse, and a start by an unknown user."""
 
+import importlib
 import os
 import re
 import shutil
@@ -45,6 +46,21 @@ def test_pins() -> None:
     assert [name for name, version in pins.items() if version not in ranges[name]] == []
 
 
+def test_what_the_pins_depend_on_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the packages installed here tell, on the image's Python; but not what the base image brings."""
+    monkeypatch.syspath_prepend(CONTAINER)
+    lock, keep_base = importlib.import_module("lock"), importlib.import_module("keep_base")
+    constraints = requirements("constraints.txt")
+    assert all(str(r.specifier).startswith("==") and not r.marker for r in constraints)
+    pins = {canonicalize_name(r.name) for r in constraints}
+    direct = {canonicalize_name(r.name) for r in requirements("requirements.txt")}
+    assert not pins & direct
+    assert not [name for name in pins if keep_base.BASE.fullmatch(name)]
+    needed = set(lock.closure(requirements("requirements.txt")))
+    assert {"certifi", "antlr4-python3-runtime"} < needed  # needed by dependencies of the pins
+    assert needed - direct - pins == set(), "python launch/container/lock.py pins them"
+
+
 def test_build_tools_are_pinned() -> None:
     pins = {r.name: next(iter(r.specifier)) for r in requirements("requirements-build.txt")}
     assert all(pin.operator == "==" for pin in pins.values())
@@ -75,8 +91,10 @@ def test_layers_that_take_long_are_kept() -> None:
 def test_dockerfile() -> None:
     """Bases with a tag, files that are there, a user other than root; hadolint sees the rest."""
     steps = dockerfile()
-    bases = [rest.split()[0] for name, rest in steps if name == "FROM" and "$" not in rest]
+    bases = [rest.split("=")[1] for name, rest in steps if name == "ARG" and rest.startswith("BASE_")]
     assert len(bases) == 2 and all(re.search(r":[^:]*\d", base) for base in bases)
+    used = [rest.split()[0] for name, rest in steps if name == "FROM"]
+    assert used == ["${BASE_ROCM}", "${BASE_CUDA}", "base-${GPU}"]
     assert [rest for name, rest in steps if name == "USER"] == ["10001:10001"]
     assert not [rest for name, rest in steps if name == "ADD" or "sudo" in rest]
     for name, rest in steps:
@@ -133,7 +151,9 @@ class Image:
         torch = {"torch.py": "import os\nclass version: hip = os.environ.get('HIP', '7.14') or None\n"}
         make_wheel(self.wheels, "torch", VENDOR, modules=torch)
         make_wheel(self.wheels, "torch", "2.13.0", modules=torch)  # what PyPI would offer
-        make_wheel(self.wheels, "plain", "1.0", "torch<2.14,>=2.11", modules={})
+        make_wheel(self.wheels, "plain", "1.0", "torch<2.14,>=2.11", "below", modules={})
+        make_wheel(self.wheels, "below", "1.0", modules={})
+        make_wheel(self.wheels, "below", "2.0", modules={})
         make_wheel(self.wheels, "greedy", "1.0", "torch>=2.13", modules={})
         self.python("-m", "pip", "install", "-q", f"torch=={VENDOR}")
         shutil.copytree(CONTAINER, self.steps)
@@ -165,12 +185,13 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
 
 def test_dependencies_keep_torch(image: Image) -> None:
     (image.steps / "requirements.txt").write_text("plain==1.0\n")
+    (image.steps / "constraints.txt").write_text("below==1.0\n")
     result = image.step("dependencies")
     assert result.returncode == 0, result.stdout
     assert f"kept as they are: torch=={VENDOR}" in result.stdout
     assert "keep_base: unchanged: torch" in result.stdout
     assert image.torch() == VENDOR
-    assert "plain==1.0" in (image.home / "versions.txt").read_text()
+    assert {"plain==1.0", "below==1.0"} < set((image.home / "versions.txt").read_text().split())
 
 
 def test_dependencies_that_want_another_torch_are_refused(image: Image) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the Dockerfile and megatsp.def run, one step a layer. `python` is the base image's, and its torch stays.
 #
-#   install.sh dependencies  the pinned packages of requirements.txt
+#   install.sh dependencies  the pinned packages of requirements.txt, and those of constraints.txt that they need
 #   install.sh apex MODE     auto: the base image's apex if it is usable, else from source; source; none
 #   install.sh package       megatsp itself, as a wheel, from the source around this file (which must be writable)
 #
@@ -21,10 +21,10 @@ cuda_apex=git+https://github.com/NVIDIA/apex.git@6424da3b4faa6c8f062da4a48c424ff
 
 fail() { echo "install: $*" >&2; exit 1; }
 
-# pip, held to the base image's packages. The file replaces the constraints that NVIDIA's images set, which would
-# also hold numpy and others to versions older than the pinned ones. Debian's python refuses without the second.
+# pip, held to the base image's packages and to ours. The files replace the constraints that NVIDIA's images set, which
+# would also hold numpy and others to versions older than the pinned ones. Debian's python refuses without the second.
 install() {
-    PIP_CONSTRAINT=$kept PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore \
+    PIP_CONSTRAINT="$kept $here/constraints.txt" PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore \
         python -m pip install --no-cache-dir --disable-pip-version-check "$@"
 }
 
@@ -68,7 +68,9 @@ apex_from_source() { # forced, or pip keeps an unusable one of the same version
 
 [[ -f $kept ]] || { mkdir -p "$home" && python "$here/keep_base.py" record "$kept"; }
 case ${1:-} in
-dependencies) install --requirement "$here/requirements.txt" ;;
+dependencies) # antlr4-python3-runtime has no wheel; pip from 25.3 on heeds what is to build it
+    PIP_BUILD_CONSTRAINT=$here/requirements-build.txt install --requirement "$here/requirements.txt"
+    ;;
 apex)
     case ${2:-} in
     none) echo "install: no apex: optimizer=apex_fused_adam will refuse" ;;
