@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # Runs a command as whoever started the container, who need not be root, known to /etc/passwd, or have a home.
 # Where HOME cannot be written, the caches go to a private folder; a variable that is set already stays.
+# Python packages are the image's alone: Apptainer brings the caller's home and variables, which lead to the host's.
 #
 #   entrypoint.sh python3 -m megatsp train ...
 set -euo pipefail
+
+export PYTHONNOUSERSITE=1 # ~/.local comes before the image's packages
+unset PYTHONPATH PYTHONHOME
 
 uid=$(id -u)
 if [[ -z ${USER:-} ]] && ! id -un >/dev/null 2>&1; then
@@ -19,7 +23,7 @@ if [[ -z ${HOME:-} || ! -d $HOME || ! -w $HOME ]]; then
     echo "megatsp-entrypoint: HOME (${HOME:-unset}) is not writable: caches go to $caches" >&2
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$caches/triton}
     export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$caches/inductor}
-    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$caches/torch_extensions} # apex on ROCm may compile at first use
+    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$caches/torch_extensions} # what torch compiles at first use
     export HF_HOME=${HF_HOME:-$caches/huggingface}
     export MPLCONFIGDIR=${MPLCONFIGDIR:-$caches/matplotlib}
     export WANDB_CACHE_DIR=${WANDB_CACHE_DIR:-$caches/wandb/cache}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the Dockerfile and megatsp.def run, one step a layer. `python` is the base image's, and its torch stays.
 #
-#   install.sh dependencies  the pinned packages of requirements.txt
+#   install.sh dependencies  the pinned packages of requirements.txt, and those of constraints.txt that they need
 #   install.sh apex MODE     auto: the base image's apex if it is usable, else from source; source; none
 #   install.sh package       megatsp itself, as a wheel, from the source around this file (which must be writable)
 #
@@ -21,10 +21,10 @@ cuda_apex=git+https://github.com/NVIDIA/apex.git@6424da3b4faa6c8f062da4a48c424ff
 
 fail() { echo "install: $*" >&2; exit 1; }
 
-# pip, held to the base image's packages. The file replaces the constraints that NVIDIA's images set, which would
-# also hold numpy and others to versions older than the pinned ones. Debian's python refuses without the second.
+# pip, held to the base image's packages and to ours. The files replace the constraints that NVIDIA's images set, which
+# would also hold numpy and others to versions older than the pinned ones. Debian's python refuses without the second.
 install() {
-    PIP_CONSTRAINT=$kept PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore \
+    PIP_CONSTRAINT="$kept $here/constraints.txt" PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore \
         python -m pip install --no-cache-dir --disable-pip-version-check "$@"
 }
 
@@ -39,31 +39,47 @@ install_from_source() {
 }
 
 # What optimizer=apex_fused_adam asks of it: PyPI's `apex` is another project, and one built without kernels is of no use.
-apex_is_usable() { python -c 'import amp_C; from apex.optimizers import FusedAdam'; }
+# torch is imported first, for it loads the libraries that the kernels need. ROCm's amp_C imports without kernels too:
+# each node would compile them at its first step. What was compiled when it was installed is in a table of apex's.
+apex_is_usable() {
+    python -c '
+import torch
+if torch.version.hip:
+    from apex.git_version_info import installed_ops
+    if not installed_ops.get("amp_C"):
+        raise ImportError("this apex was installed without amp_C compiled")
+import amp_C
+from apex.optimizers import FusedAdam
+amp_C.multi_tensor_adam  # on ROCm only this loads them
+'
+}
 
-apex_from_source() {
+apex_from_source() { # forced, or pip keeps an unusable one of the same version
     if [[ $(python -c 'import torch; print(torch.version.hip or "")') ]]; then
-        APEX_BUILD_CPP_OPS=1 APEX_BUILD_CUDA_OPS=1 PYTORCH_ROCM_ARCH=${APEX_ARCH:-gfx942;gfx950} \
-            install_from_source "${APEX_SOURCE:-$rocm_apex}"
+        # One of some thirty extensions, which together take half an hour.
+        APEX_BUILD_AMP_C=1 PYTORCH_ROCM_ARCH=${APEX_ARCH:-gfx942;gfx950} \
+            install_from_source --force-reinstall "${APEX_SOURCE:-$rocm_apex}"
     else
         APEX_CPP_EXT=1 APEX_CUDA_EXT=1 TORCH_CUDA_ARCH_LIST=${APEX_ARCH:-9.0} \
-            install_from_source "${APEX_SOURCE:-$cuda_apex}"
+            install_from_source --force-reinstall "${APEX_SOURCE:-$cuda_apex}"
     fi
     apex_is_usable || fail "the apex just built lacks FusedAdam or amp_C, its compiled kernels"
 }
 
 [[ -f $kept ]] || { mkdir -p "$home" && python "$here/keep_base.py" record "$kept"; }
 case ${1:-} in
-dependencies) install --requirement "$here/requirements.txt" ;;
+dependencies) # antlr4-python3-runtime has no wheel; pip from 25.3 on heeds what is to build it
+    PIP_BUILD_CONSTRAINT=$here/requirements-build.txt install --requirement "$here/requirements.txt"
+    ;;
 apex)
     case ${2:-} in
     none) echo "install: no apex: optimizer=apex_fused_adam will refuse" ;;
     source) apex_from_source ;;
     auto)
-        if apex_is_usable 2>/dev/null; then
+        if why=$(apex_is_usable 2>&1); then
             echo "install: apex of the base image"
         else
-            echo "install: the base image has no usable apex: building it from source"
+            echo "install: the base image has no usable apex (${why##*$'\n'}): building it from source"
             apex_from_source
         fi
         ;;
