@@ -52,13 +52,18 @@ def test_what_the_pins_depend_on_is_pinned(monkeypatch: pytest.MonkeyPatch) -> N
     lock, keep_base = importlib.import_module("lock"), importlib.import_module("keep_base")
     constraints = requirements("constraints.txt")
     assert all(str(r.specifier).startswith("==") and not r.marker for r in constraints)
-    pins = {canonicalize_name(r.name) for r in constraints}
-    direct = {canonicalize_name(r.name) for r in requirements("requirements.txt")}
-    assert not pins & direct
+    pins = {canonicalize_name(r.name): str(r.specifier) for r in constraints}
+    direct = {canonicalize_name(r.name): str(r.specifier) for r in requirements("requirements.txt")}
+    assert not pins.keys() & direct.keys()
     assert not [name for name in pins if keep_base.BASE.fullmatch(name)]
-    needed = set(lock.closure(requirements("requirements.txt")))
-    assert {"certifi", "antlr4-python3-runtime"} < needed  # needed by dependencies of the pins
-    assert needed - direct - pins == set(), "python launch/container/lock.py pins them"
+    assert {"certifi", "antlr4-python3-runtime"} < pins.keys()  # needed by dependencies of the pins
+    needed = lock.closure(requirements("requirements.txt"))
+    pinned = direct | pins
+    if newer := [
+        name for name, version in needed.items() if pinned.get(name, f"=={version}") != f"=={version}"
+    ]:
+        pytest.skip(f"other versions, which may need more, are installed here: {', '.join(newer)}")
+    assert needed.keys() - pinned.keys() == set(), "python launch/container/lock.py pins them"
 
 
 def test_build_tools_are_pinned() -> None:
