@@ -42,9 +42,9 @@ def look(node: str, local_rank: int, wanted: str) -> Presence:
 
 def _try_gpu(local_rank: int) -> tuple[str, str]:
     """(why this rank's GPU cannot be used or "", what it is called). Makes it the current one."""
-    if not torch.cuda.is_available():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
         return f"torch {torch.__version__} sees no GPU", ""
-    count = torch.cuda.device_count()
     if local_rank >= count:
         fix = f"give launch.nproc={count}"
         if count == 1:
@@ -104,7 +104,7 @@ def judge_presence(
             f"launch.device={wanted}, but {told}; mend or leave out, or give launch.device=cpu for all"
         )
     ranks = max(sum(place.node == name for place in places) for name in names) if on_gpus else 0
-    known = {one.place.node: one.facts for one in present if one.facts}
+    known = {one.place.node: one.facts for one in present if one.facts and one.place.node not in unfit}
     for node, reasons in judge_facts(known, ranks).items():
         unfit.setdefault(node, []).extend(reasons)
     return places, unfit

@@ -3,12 +3,10 @@
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -315,50 +313,6 @@ def test_the_command_alone():
     assert report["enough"] and len(report["nodes"]) == 1
     assert all(s["right"] and s["value"] > 0 for m in report["measurements"] for s in m["measured"])
     assert {m["expected"] for m in report["measurements"]} == {None}
-
-
-def run_in_job(folder: Path, *overrides: str) -> tuple[list[int], list[str], list[str]]:
-    """Two nodes of one rank, of which the job needs one: exit statuses, outputs, errors."""
-    write_names(folder / "nodes.txt", ["n0"])
-    with socket.create_server(("", 0)) as probe:
-        port = probe.getsockname()[1]
-    processes: list[subprocess.Popen[str]] = []
-    try:
-        for rank in range(2):
-            task = environment(
-                SLURM_STEP_ID="1", SLURM_NTASKS="2", SLURM_PROCID=str(rank), SLURM_LOCALID="0",
-                SLURMD_NODENAME=f"n{rank}", MASTER_ADDR="localhost", MASTER_PORT=str(port),
-            )  # fmt: skip
-            processes.append(subprocess.Popen(
-                [sys.executable, "-m", "megatsp", "preflight", "--folder", str(folder), "--repeats", "1",
-                 *TINY, *overrides],
-                env=task, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            ))  # fmt: skip
-        said = [process.communicate(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    outputs, errors = zip(*said, strict=True)
-    return [process.returncode for process in processes], list(outputs), list(errors)
-
-
-def test_the_ranks_of_a_job(tmp_path):
-    """The results stand in its folder."""
-    statuses, outputs, errors = run_in_job(tmp_path)
-    assert statuses == [0, 0], errors
-    assert (tmp_path / "nodes.txt").read_text() == "n0\n"
-    report = json.loads((tmp_path / "preflight.json").read_text())
-    assert report["nodes"] == ["n0"] and report["spares"] == ["n1"]
-    assert {m["where"] for m in report["measurements"]} == {"devices"}  # nothing of the run crosses nodes
-    assert "the job runs on 1 node: n0, 1 more to spare" in outputs[0] and not outputs[1]
-
-
-def test_a_mistake_that_all_ranks_of_a_job_make_is_told_once(tmp_path):
-    statuses, _, errors = run_in_job(tmp_path, "launch.nodes=3")
-    assert statuses == [2, 2]
-    assert "2 nodes of 1 ranks, but the job has launch.nodes=3" in errors[0]
-    assert "megatsp: error" not in errors[1]
 
 
 def test_too_few_good_nodes_are_suspected_hardware(tmp_path, monkeypatch, capsys):
