@@ -190,6 +190,24 @@ def _split(config: Config, per_node: int) -> tuple[list[Transfer], list[Transfer
     return within, between
 
 
+def hop_bytes(largest: int, device: torch.device) -> int:
+    """Size of a hop between nodes, of which the run's largest transfer has so many bytes."""
+    return min(max(largest, _LEAST_HOP_BYTES[device.type]), _MOST_HOP_BYTES)
+
+
+def expected_gb_s(expected: Expected, transfer: Transfer, places: Sequence[Place], per_node: int) -> float:
+    """The profile's figure, where it is one of such a transfer in such a group; else 0, not known.
+
+    places: of a group's ranks. per_node: ranks of a node.
+    """
+    nodes = len({place.node for place in places})
+    if nodes == len(places):
+        return expected.between_nodes_gb_s
+    is_whole_node = nodes == 1 and len(places) == per_node == (expected.ranks_per_node or per_node)
+    is_gather = transfer.operation in ("all_gather", "reduce_scatter")
+    return expected.within_node_gb_s if is_whole_node and is_gather else 0.0
+
+
 class _Examination:
     """The measurements, each made on all ranks and gathered to all; those of bad nodes measure nothing.
 
@@ -268,7 +286,7 @@ class _Examination:
 
     def hops(self, num_bytes: int) -> Kind:
         """Each device with its like on the next node of the ring, both ways at once."""
-        num_bytes = min(max(num_bytes, _LEAST_HOP_BYTES[self._bench.device.type]), _MOST_HOP_BYTES)
+        num_bytes = hop_bytes(num_bytes, self._bench.device)
         starts, devices = self.starts(), range(self._per_node)
         rounds = [
             [sorted((starts[a] + device, starts[b] + device)) for a, b in pairs for device in devices]
@@ -293,7 +311,7 @@ class _Examination:
                 places = tuple(self._places[rank] for rank in group)
                 samples.append(Sample(what, "GB/s", value, places, right, wrong))
                 seconds += [m.seconds for m in measured]
-                expected = self._expected(transfer, places)
+                expected = expected_gb_s(self._judging.expected, transfer, places, self._per_node)
         typical_s = statistics.median(seconds) if seconds else 0.0
         return Kind(what, where, transfer.bytes, expected, samples, typical_s)
 
@@ -304,15 +322,6 @@ class _Examination:
             self._make(all_groups)
             comm = self._made[tuple(group)] if group else None
             return None if comm is None else measure_transfer(transfer, comm, self._bench)
-
-    def _expected(self, transfer: Transfer, places: Sequence[Place]) -> float:
-        """The profile's figure, where it is one of such a group; else 0: see docs/preflight.md."""
-        expected, nodes = self._judging.expected, len({place.node for place in places})
-        if nodes == len(places):
-            return expected.between_nodes_gb_s
-        is_whole_node = nodes == 1 and len(places) == (expected.ranks_per_node or self._per_node)
-        is_gather = transfer.operation in ("all_gather", "reduce_scatter")
-        return expected.within_node_gb_s if is_whole_node and is_gather else 0.0
 
     def _make(self, all_groups: Sequence[Sequence[int]]) -> None:
         """The process groups that are not there yet; on all ranks, which number them alike.

@@ -21,10 +21,10 @@ from megatsp.compose import compose
 from megatsp.preflight import command, measure
 from megatsp.preflight import examine as examine_module
 from megatsp.preflight.command import _needed, parse
-from megatsp.preflight.examine import Found, Judging, Kind, examine
+from megatsp.preflight.examine import Found, Judging, Kind, examine, expected_gb_s, hop_bytes
 from megatsp.preflight.files import write_names
-from megatsp.preflight.judge import Place, Sample, Verdict
-from megatsp.preflight.measure import Bench, Measured, measure_transfer
+from megatsp.preflight.judge import Place, Sample, Verdict, judge_spanning
+from megatsp.preflight.measure import Bench, Measured, measure_product, measure_transfer
 from megatsp.preflight.report import as_json, table
 from megatsp.preflight.transfers import Transfer, bus_bytes
 from megatsp.validate import validate
@@ -160,6 +160,13 @@ def on_three_nodes(fault: str, excluding: bool = True, needed: int = 2, expected
     def raising(config, bench):
         raise RuntimeError("\nuncorrectable ECC error\nwhere it was")
 
+    def blaming(samples, hops, expected, fraction):
+        """Only now it is seen that n1 is bad."""
+        bad = {"n1": ["late"]} if any("n1" in sample.nodes for sample in samples) else {}
+        return Verdict(bad), Verdict()
+
+    examine_module.judge_spanning = blaming if fault == "seen late" else judge_spanning
+
     def wrong_between(transfer, comm, bench):
         measured = transferred(transfer, comm, bench)
         return replace(measured, right=False) if "dp_shard" in transfer.axes else measured
@@ -190,6 +197,7 @@ def faults() -> list:
         ("none",), ("slow device",), ("wrong data",), ("slow link",), ("slow device", False),
         ("slow device", True, 3), ("none", True, 2, Expected(within_node_gb_s=1.0, between_nodes_gb_s=1.0)),
         ("burst",), ("broken device",), ("wrong between",), ("brief",), ("unfit",),
+        ("seen late",),
     ):  # fmt: skip
         measure._run, examine_module.measure_transfer, examine_module.measure_product = before
         results.append(on_three_nodes(*given))
@@ -200,7 +208,7 @@ def test_faults_are_named_and_spares_take_over():
     every_rank = run_distributed(faults, 6, timeout_s=240)
     assert all(results == every_rank[0] for results in every_rank)  # all come to the same choice
     reports, tables = zip(*every_rank[0], strict=True)
-    good, slow, wrong, link, warned, few, below, burst, broken, unclear, brief, unfit = reports
+    good, slow, wrong, link, warned, few, below, burst, broken, unclear, brief, unfit, seen_late = reports
     lines, warned_lines = tables[0], tables[4]
 
     assert good["nodes"] == ["n0", "n1"] and good["spares"] == ["n2"]
@@ -246,10 +254,54 @@ def test_faults_are_named_and_spares_take_over():
     assert not unclear["enough"] and not unclear["bad"]
     assert unclear["unclear"] and all(text.endswith("over n0, n1: wrong data") for text in unclear["unclear"])
 
+    assert seen_late["nodes"] == ["n0", "n2"]
+    between = [m for m in seen_late["measurements"] if m["where"] == "between nodes"]
+    nodes = [sorted({place[0] for s in m["measured"] for place in s["devices"]}) for m in between]
+    assert nodes == sorted(nodes) and ["n0", "n1"] in nodes and nodes.count(["n0", "n2"]) == len(nodes) // 2
+
     transfers_in = [m["where"] != "devices" for m in brief["measurements"]]
     assert any(transfers_in) and list(brief["bad"]) == ["n1"]  # for its product alone
     assert all("GEMM" in reason for reason in brief["bad"]["n1"])
     assert any("hop to the next node" in warning for warning in brief["warnings"])
+
+
+def test_a_profiles_figures_count_for_what_they_are_figures_of():
+    known = Expected(within_node_gb_s=300, between_nodes_gb_s=40, ranks_per_node=8)
+    gather, ring = (Transfer("x", ("tsp",), operation, 8, "bf16") for operation in ("all_gather", "shift"))
+    node = [Place("n0", device) for device in range(8)]
+    rail = [Place(f"n{i}", 3) for i in range(4)]
+
+    def expected(transfer, places, per_node=8, known=known):
+        return expected_gb_s(known, transfer, places, per_node)
+
+    assert expected(gather, node) == 300 and expected(ring, node) == 0
+    assert expected(gather, node[:4]) == 0 and expected(gather, node[:4], 4) == 0
+    assert expected(gather, node[:4], 4, replace(known, ranks_per_node=0)) == 300
+    assert expected(gather, rail) == expected(ring, rail[:2]) == 40
+    assert expected(gather, [*node, *(Place("n1", device) for device in range(8))]) == 0
+
+
+def test_hops_are_large_enough_to_say_something_of_a_network():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [hop_bytes(size, gpu) for size in (10, 2**26, 2**40)] == [2**24, 2**26, 2**28]
+    assert hop_bytes(5000, cpu) == 5000
+
+
+def test_a_product_that_is_wrong_is_seen(monkeypatch):
+    config = validate(compose([*TINY, "launch.nproc=1"]), 1)
+    bench = Bench(torch.device("cpu"), 2)
+    good = measure_product(config, bench)
+    assert good.right and good.value > 0 and good.seconds > 0
+    mm, calls = torch.mm, []
+
+    def once(a, b, out):
+        """The last one of the timed products lacks a row."""
+        calls.append(mm(a, b, out=out))
+        out[3] = 0
+        return out
+
+    monkeypatch.setattr(torch, "mm", once)
+    assert not measure_product(config, bench).right and len(calls) > 4
 
 
 def places_of(*names: str) -> list[Place]:
