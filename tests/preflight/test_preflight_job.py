@@ -25,7 +25,7 @@ from megatsp import cli
 from megatsp.preflight import command, examine, measure, presence
 rank = int(sys.argv[1])
 measured, run = examine.measure_transfer, measure._run
-command._LIMIT_S = 4.0
+command._LIMIT_S = 8.0
 {fault}
 sys.exit(cli.main(sys.argv[2:]))
 """
@@ -143,7 +143,7 @@ def test_a_mistake_that_all_ranks_of_a_job_make_is_told_once(tmp_path, overrides
 def test_a_hop_that_does_not_end_suspects_both_ends(tmp_path):
     statuses, _, errors = run_in_job(tmp_path, *TWO_NODES, fault=ASLEEP_IN_A_HOP, nodes=3, needed=2)
     assert statuses[:2] == [HARDWARE] * 2 and statuses[2] != 0
-    said = "n0, CPU rank 0, which waits for n1, CPU rank 0: hop to the next node has not ended in 4 s"
+    said = "n0, CPU rank 0, which waits for n1, CPU rank 0: hop to the next node has not ended in 8 s"
     assert f"megatsp: error: {said}" in errors[0]
     outcomes = read_outcomes(tmp_path)
     assert hosts_of(outcomes) == {"n0": HARDWARE, "n1": HARDWARE}
@@ -154,7 +154,7 @@ def test_a_group_over_nodes_that_does_not_end_suspects_none_but_says_who_waits(t
     overrides = ("launch.nodes=3", "parallel.dp_shard=3", "trainer.global_batch_size=6")
     statuses, _, errors = run_in_job(tmp_path, *overrides, fault=ASLEEP_IN_A_GROUP, nodes=3, needed=3)
     assert HARDWARE in statuses and 0 not in statuses
-    assert "which waits for n" in "".join(errors) and "CPU rank 0: layer's weights" in "".join(errors)
+    assert "which waits for n" in "".join(errors) and "CPU rank 0: embedding's weights" in "".join(errors)
     assert {one.status for one in read_outcomes(tmp_path)} == {FAILURE}
 
 
@@ -163,7 +163,7 @@ def test_a_transfer_that_raises_suspects_its_node_alone(tmp_path):
     assert statuses[1] == HARDWARE and statuses[0] != 0, errors
     (outcome,) = read_outcomes(tmp_path)
     assert outcome.host == "n1" and outcome.status == HARDWARE
-    assert "n1, CPU rank 0: layer's weights" in outcome.headline
+    assert "n1, CPU rank 0: embedding's weights" in outcome.headline
     assert outcome.headline.endswith("CUDA error: uncorrectable ECC error encountered")
     assert "Traceback" in outcome.detail
 
