@@ -158,7 +158,7 @@ def examine(
                 lambda kind: judge_spanning(kind.samples, hops, kind.expected, judging.fraction),
             )
         found.choice = choice()
-        if found.choice == chosen:
+        if found.choice is None or found.choice.chosen == chosen.chosen:
             break
     return found
 

@@ -52,13 +52,14 @@ class Bench:
 
     def time(self, work: Callable[[], Any]) -> float:
         """Seconds of `work`, to the end of what it started on a GPU."""
-        self._synchronize()
+        self.synchronize()
         start = self.clock()
         work()
-        self._synchronize()
+        self.synchronize()
         return max(self.clock() - start, 1e-9)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Waits for what was started on a GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -121,8 +122,13 @@ def measure_transfer(transfer: Transfer, comm: Comm, bench: Bench) -> Measured:
         return _pattern(elements, comm.rank, number, sums, bench.device).to(dtype)
 
     def timed(data: Tensor, times: int) -> float:
-        dist.barrier(comm.group)
-        return bench.time(lambda: [_run(transfer.operation, data, comm) for _ in range(times)]) / times
+        def work() -> None:
+            for _ in range(times):
+                _run(transfer.operation, data, comm)
+
+        bench.synchronize()
+        dist.barrier(comm.group)  # all begin together
+        return bench.time(work) / times
 
     timed(given(0), 1)  # to warm up
     times = _times(timed(given(0), 1), comm)

@@ -48,7 +48,8 @@ def _try_gpu(local_rank: int) -> tuple[str, str]:
     if local_rank >= count:
         fix = f"give launch.nproc={count}"
         if count == 1:
-            fix += ", or, if each task is shown one GPU of its own, srun --gpu-bind=none, so that all see all"
+            fix += ", or, if each task sees one GPU of its own, show it all: srun --gpu-bind=none, in a job "
+            fix += "launch.slurm.gpu_request=gpus-per-node without an option that binds"
         return f"{count} GPU{'s' * (count > 1)} for local rank {local_rank}: {fix}", ""
     try:
         torch.cuda.set_device(local_rank)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from megatsp import cli
 from megatsp.cluster.profiles import Expected
 from megatsp.comm import Comm
 from megatsp.compose import compose
+from megatsp.launcher.outcome import node_name
 from megatsp.preflight import command, measure
 from megatsp.preflight import examine as examine_module
 from megatsp.preflight.command import _needed, parse
@@ -25,6 +27,7 @@ from megatsp.preflight.examine import Found, Judging, Kind, examine, expected_gb
 from megatsp.preflight.files import write_names
 from megatsp.preflight.judge import Place, Sample, Verdict, judge_spanning
 from megatsp.preflight.measure import Bench, Measured, measure_product, measure_transfer
+from megatsp.preflight.presence import _name
 from megatsp.preflight.report import as_json, table
 from megatsp.preflight.transfers import Transfer, bus_bytes
 from megatsp.validate import validate
@@ -365,6 +368,23 @@ def test_the_command_alone():
     assert report["enough"] and len(report["nodes"]) == 1
     assert all(s["right"] and s["value"] > 0 for m in report["measurements"] for s in m["measured"])
     assert {m["expected"] for m in report["measurements"]} == {None}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_mistake_of_ranks_started_here_is_told_once():
+    ran = subprocess.run(
+        [sys.executable, "-m", "megatsp", "preflight", *TINY, "launch.nproc=2", "parallel.tsp=2",
+         "launch.device=cuda"],
+        env=environment(), capture_output=True, text=True, timeout=200, cwd=ROOT,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert ran.stderr.count("megatsp: error: ") == 1, ran.stderr
+    assert f"launch.device=cuda, but {node_name()}: torch {torch.__version__} sees no GPU" in ran.stderr
+
+
+def test_a_gpu_is_called_by_where_it_sits():
+    assert _name(SimpleNamespace(pci_domain_id=0, pci_bus_id=0x9A, pci_device_id=0, uuid="u")) == "0000:9a:00"
+    assert _name(SimpleNamespace(uuid="GPU-1-2")) == "GPU-1-2" and _name(SimpleNamespace()) == ""
 
 
 def test_too_few_good_nodes_are_suspected_hardware(tmp_path, monkeypatch, capsys):
