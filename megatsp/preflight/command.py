@@ -26,9 +26,10 @@ from megatsp.parser import Parser
 from megatsp.preflight.decide import describe, too_few
 from megatsp.preflight.examine import Found, Judging, examine
 from megatsp.preflight.files import MEASURED, NODES, read_names, write_names, write_report
+from megatsp.preflight.guard import Guard
 from megatsp.preflight.judge import Place
 from megatsp.preflight.measure import Bench
-from megatsp.preflight.presence import GPU, judge_presence, look
+from megatsp.preflight.presence import GPU, Presence, judge_presence, look
 from megatsp.preflight.report import as_json, table
 from megatsp.schema import Config
 from megatsp.validate import validate
@@ -96,7 +97,8 @@ def run(given: Namespace) -> int:
     _join()
     try:
         on_each(partial(_raise, mistake))
-        present = on_each(lambda: look(node_name(), local_rank, config.launch.device))
+        limit_s = min(_LIMIT_S, config.launch.timeout_s)
+        present = on_each(partial(_look, config.launch.device, local_rank, limit_s, given.folder))
         places, unfit = judge_presence(present, config.launch.device, given.folder is not None)
         on_gpus = places[0].kind == GPU
         (needed, per_node, config), *_ = on_each(lambda: _checked(config, places, given.folder))
@@ -105,7 +107,6 @@ def run(given: Namespace) -> int:
             raise
         return _refuse(error, given.folder)
     excluding = given.slow == "exclude" or (given.slow == "auto" and on_gpus)
-    limit_s = min(_LIMIT_S, config.launch.timeout_s)
     judging = Judging(expected, given.fraction, excluding, _TIMEOUT_S, limit_s, given.folder)
     bench = Bench(torch.device("cuda", local_rank) if on_gpus else torch.device("cpu"), given.repeats)
     found = examine(config, places, needed, bench, judging, unfit)
@@ -132,14 +133,18 @@ def _enter(given: Namespace, rank: int) -> tuple[Config, Expected]:
 
 def _join(**where: Any) -> None:
     """Joins the default process group: gloo's, so that control needs neither devices nor their network."""
-    # Of its own connections alone a rank has one to each other.
-    (soft, hard), wanted = (
-        resource.getrlimit(resource.RLIMIT_NOFILE),
-        1024 + 4 * int(os.environ["WORLD_SIZE"]),
-    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1024 + 4 * int(os.environ["WORLD_SIZE"])  # a rank has a connection to each other one
     if 0 <= soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard >= 0 else wanted, hard))
     dist.init_process_group("gloo", timeout=timedelta(seconds=_TIMEOUT_S), **where)
+
+
+def _look(wanted: str, local_rank: int, limit_s: float, folder: Path | None) -> Presence:
+    """What this rank has. A driver may never answer, so its node is suspected after a while."""
+    place = Place(node_name(), local_rank, "local rank")
+    with Guard([place] * dist.get_world_size(), limit_s, folder).over("the first use of its device"):
+        return look(place.node, local_rank, wanted)
 
 
 def _refuse(error: ValueError, folder: Path | None) -> int:

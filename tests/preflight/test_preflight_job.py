@@ -61,6 +61,10 @@ torch.cuda.device_count = lambda: 1
 import os
 os.environ["SLURM_LOCALID"] = "3"
 """
+A_DRIVER_THAT_HANGS = """
+command._LIMIT_S = 3.0
+torch.cuda.is_available = lambda: time.sleep(600 * (rank == 1))
+"""
 ANOTHER_TORCH_ON_NODE_1 = """
 presence.facts = lambda facts=presence.facts: {**facts(), "driver": f"6.{rank}"}
 """
@@ -195,6 +199,13 @@ def test_one_gpu_a_task_is_told_apart_from_too_few(tmp_path):
     assert statuses == [USER_ERROR] * 2
     assert "n0: 1 GPU for local rank 3: give launch.nproc=1, or, if each task sees one" in errors[0]
     assert "srun --gpu-bind=none" in errors[0]
+
+
+def test_a_driver_that_never_answers_is_its_nodes(tmp_path):
+    statuses, _, errors = run_in_job(tmp_path, "launch.device=auto", fault=A_DRIVER_THAT_HANGS)
+    assert statuses[1] == HARDWARE and statuses[0] != 0
+    assert "n1, local rank 0: the first use of its device has not ended in 3 s" in errors[1]
+    assert hosts_of(read_outcomes(tmp_path)) == {"n1": HARDWARE}
 
 
 def test_a_node_of_another_driver_is_left_out(tmp_path):
