@@ -118,8 +118,8 @@ def judge_nodes(samples: Sequence[Sample], expected: float, fraction: float) -> 
 def judge_pairs(samples: Sequence[Sample], expected: float, fraction: float) -> tuple[Verdict, Verdict]:
     """Like samples between devices of two nodes, each device in one or two pairs: (wrong data, slow).
 
-    A pair says nothing of which end is to blame, so a device is judged by the best of its pairs. Those of
-    two nodes have but one: then no node is blamed.
+    A pair says nothing of which end is to blame, so a device is judged by the best of its pairs; for wrong
+    data of one that is well in its others, both ends are. Those of two nodes have but one: neither is.
     """
     wrong, slow = Verdict(), Verdict()
     if not samples:
@@ -131,10 +131,13 @@ def judge_pairs(samples: Sequence[Sample], expected: float, fraction: float) -> 
         if sample.value < fraction * measure.value:
             slow.blame(sample.nodes[0], f"{name_devices(sample.places)}: {_speed(sample, measure)}")
     sound = {_device(place) for pair in samples if pair.right for place in pair.places}
+    unsound = [place for pair in samples for place in pair.places if _device(place) not in sound]
+    explained = {place.node for place in unsound}
     for pair in samples:
-        for place in pair.places:
-            if _device(place) not in sound:
-                wrong.blame(place.node, f"{name_devices([place])}: {pair.what}: wrong data")
+        if not pair.right and not explained & set(pair.nodes):
+            unsound += pair.places
+    for place in unsound:
+        wrong.blame(place.node, f"{name_devices([place])}: {samples[0].what}: wrong data")
     if len({node for pair in samples for node in pair.nodes}) == 2:
         return Verdict(unclear=wrong.as_warnings().warnings), slow.as_warnings()
     return wrong, slow
@@ -174,9 +177,9 @@ def judge_spanning(
         speeds[node] = min(sample.value, speeds.get(node, sample.value))
     for sample in samples:
         what = f"{sample.what} over {_nodes(sample.nodes)}: wrong data"
-        guilty = [sample.places[number] for number in _guilty(sample.wrong, len(sample.places))]
-        for place in guilty:
-            wrong.blame(place.node, f"{name_devices([place])}: {what}")
+        guilty = _guilty(sample)
+        for node, places in guilty.items():
+            wrong.blame(node, f"{name_devices(places)}: {what}")
         if not sample.right and not guilty:
             wrong.unclear.append(what)
         if sample.value < fraction * measure.value:
@@ -186,26 +189,27 @@ def judge_spanning(
     return wrong, slow
 
 
-def _guilty(wrong: Iterable[tuple[int, int]], ranks: int) -> set[int]:
-    """Who of so many ranks explains all that was wrong, as (receiver, sender); nobody if it may be others.
+def _guilty(sample: Sample) -> dict[str, list[Place]]:
+    """The nodes that explain what was wrong, with their devices in it; none if it may as well be others.
 
-    That is a sender whom most others find wrong, and a receiver who finds most others wrong, unless there is
-    one of each; of what most others received well, the receiver.
+    That is a sender whom most other nodes find wrong, and a receiver who finds most others wrong, unless
+    there is one of each; of what most others received well, the receiver.
     """
-    found: set[int] = set()
-    left = set(wrong)
-    while left:
+    ends = [(sample.places[receiver], sample.places[sender]) for receiver, sender in sample.wrong]
+    left, others = {(receiver.node, sender.node) for receiver, sender in ends}, len(sample.nodes) - 1
+    found = {receiver for receiver, sender in left if receiver == sender}
+    while left := {pair for pair in left if not found & {*pair}}:
         sent, received = Counter(sender for _, sender in left), Counter(receiver for receiver, _ in left)
         most = max(*sent.values(), *received.values())
-        if 2 * most < ranks - 1:
-            return found | set(received)
-        senders = {rank for rank, count in sent.items() if count == most}
-        receivers = {rank for rank, count in received.items() if count == most}
-        if 2 * most == ranks - 1 or (senders and receivers and senders != receivers):
-            return set()
-        found |= senders | receivers
-        left = {(receiver, sender) for receiver, sender in left if not {receiver, sender} & found}
-    return found
+        senders = {node for node, count in sent.items() if count == most}
+        receivers = {node for node, count in received.items() if count == most}
+        if 2 * most == others or (2 * most > others and senders and receivers and senders != receivers):
+            return {}
+        found |= senders | receivers if 2 * most > others else set(received)
+    if 2 * len(found) > len(sample.nodes):
+        return {}
+    places = dict.fromkeys(place for pair in ends for place in pair)
+    return {node: [place for place in places if place.node == node] for node in sorted(found)}
 
 
 def _speed(sample: Sample, measure: Measure) -> str:

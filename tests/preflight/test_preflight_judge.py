@@ -126,6 +126,25 @@ def test_wrong_data_between_nodes():
     wrong, slow = judge_pairs(ring, 0, 0.7)
     assert wrong == Verdict({"n1": ["GPU 1: hop: wrong data"]}) and slow == Verdict()
     assert judge_pairs([], 50, 0.7) == (Verdict(), Verdict())
+    ring = [*hop(0, 1, 40), *hop(1, 2, 40, right=False), *hop(2, 3, 40), *hop(3, 0, 40)]
+    assert judge_pairs(ring, 0, 0.7)[0].bad.keys() == {"n1", "n2"}  # both are well with others
+
+
+def test_wrong_data_of_several_ranks_a_node_is_judged_by_the_node():
+    places = tuple(Place(f"n{i // 2}", i % 2) for i in range(8))
+    sample = Sample("gradients", "GB/s", 40, places, right=False)
+
+    def blamed(wrong, places=places):
+        return judge_spanning([replace(sample, wrong=tuple(wrong), places=places)], [], 0, 0.7)[0].bad
+
+    everywhere = [(receiver, sender) for receiver in range(8) for sender in range(8)]
+    across = [pair for pair in everywhere if pair[0] // 2 != pair[1] // 2]
+    reason = "gradients over n0, n1, n2, n3: wrong data"
+    assert blamed(pair for pair in across if 1 in (pair[0] // 2, pair[1] // 2)).keys() == {"n1"}
+    assert blamed(pair for pair in across if pair[1] == 3) == {"n1": [f"GPU 1: {reason}"]}
+    assert blamed([(2, 3)]) == {"n1": [f"GPUs 0-1: {reason}"]}  # it did not even leave the node
+    assert blamed(across) == {} == blamed(everywhere)
+    assert blamed([pair for pair in across if max(pair) < 4], places[:4]) == {}  # of two nodes
 
 
 def test_a_slow_group_over_nodes_blames_none_but_names_the_slowest_pair():
