@@ -278,6 +278,7 @@ def _preflight(arguments: list[str]) -> int:
     given = parse(arguments)
     if "RANK" in os.environ:
         return run(given)
+    from megatsp.cluster import start
     from megatsp.validate import validate
 
     config = composed(given)
@@ -286,6 +287,7 @@ def _preflight(arguments: list[str]) -> int:
             "--folder is for the ranks of a job: leave it out, or start them by srun or torchrun"
         )
     validate(config, config.launch.nproc)
+    start.enter(config, os.environ)  # whose libraries read some of it as they are loaded
     return _launch(config.launch.nproc, ["preflight", *arguments])
 
 

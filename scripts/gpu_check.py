@@ -63,7 +63,9 @@ class Outcome:
 
 def main(arguments: list[str]) -> int:
     """Returns 1 if a part failed, 2 if the arguments make no sense."""
-    parser = Parser("gpu_check.py", "Kernel tests, benchmarks and one rank's memory on one GPU.")
+    parser = Parser(
+        "gpu_check.py", "Kernel tests, benchmarks and one rank's memory on one GPU; preflight on all."
+    )
     add = parser.add_argument
     add("--cpu-smoke", action="store_true", help="the same program without a GPU: tiny shapes, interpreted")
     add("--out", type=Path, metavar="DIR", help="report and logs (default: $OUT, else outputs/gpu_check)")
@@ -109,9 +111,12 @@ def list_parts(scratch: Path, smoke: bool) -> list[Part]:
     alone = [op for op in OPS if op not in DISTRIBUTED_OPS]
     others = [op for op in OPS if op in DISTRIBUTED_OPS]
     memory = [python, "scripts/bench/one_rank.py", "--json", str(scratch / "memory.json"), *size]
+    preflight = [python, "scripts/bench/preflight.py", "--json", str(scratch / "preflight.json"), *size]
+    preflight += ["--markdown", str(scratch / "preflight.md")]
+    no_hydra = "" if importlib.util.find_spec("hydra") else "hydra-core is not installed here"
     return [
-        Part("kernel tests", [[*pytest, *map(str, tests)]], 60 if smoke else 230, unknown),
-        Part("benchmarks", [bench(alone, "benchmarks")], 60 if smoke else 130, **files("benchmarks")),
+        Part("kernel tests", [[*pytest, *map(str, tests)]], 60 if smoke else 215, unknown),
+        Part("benchmarks", [bench(alone, "benchmarks")], 60 if smoke else 115, **files("benchmarks")),
         Part(
             "distributed kernels",
             [
@@ -122,7 +127,8 @@ def list_parts(scratch: Path, smoke: bool) -> list[Part]:
             unknown if among else "",
             **files("streamed"),
         ),
-        Part("memory of one rank", [memory], 60 if smoke else 90, data={"memory": scratch / "memory.json"}),
+        Part("memory of one rank", [memory], 60 if smoke else 75, data={"memory": scratch / "memory.json"}),
+        Part("preflight", [preflight], 100 if smoke else 50, no_hydra, **files("preflight")),
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["kernel tests", "benchmarks", "distributed kernels", "memory of one rank"]
+PARTS = ["kernel tests", "benchmarks", "distributed kernels", "memory of one rank", "preflight"]
 
 
 @pytest.fixture
@@ -35,10 +35,28 @@ def test_the_whole_check_runs_on_a_cpu(tmp_path):
     assert all(result["times_ms"]["megatsp"] for result in benchmarks)
     memory = parts["memory of one rank"]["data"]["memory"]
     assert memory["ranks"] == 2 and memory["measured"]["peak"] == memory["simulated"]["peak"] > 0
+    preflight = parts["preflight"]["data"]["preflight"]
+    assert all(s["right"] for m in preflight["measurements"] for s in m["measured"])
+    assert any("all_gather over tsp = 2" in m["what"] for m in preflight["measurements"])
+    assert "all_gather over tsp = 2" in parts["preflight"]["page"]
     assert report["machine"]["commit"] == "abc1234"
     assert {"torch", "triton", "driver", "runtime"} <= {*report["machine"]}
     text = (tmp_path / "report.md").read_text()
     assert "| kernel tests" in text and "### Predicted" in text
+
+
+def test_a_preflight_that_finds_wrong_data_fails(gpu_check, monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
+    preflight = importlib.import_module("preflight")
+    sample = {"value": 1.0, "right": False, "devices": [["n0", 0]]}
+    kind = {"what": "GEMM", "bytes": 0, "unit": "TFLOP/s", "expected": None, "measured": [sample]}
+    said = json.dumps({"measurements": [kind], "warnings": [], "bad": {}})
+    told = lambda *a, **k: subprocess.CompletedProcess(a, 0, said)  # noqa: E731
+    monkeypatch.setattr(preflight.subprocess, "run", told)
+    assert preflight.main(["--smoke"]) == 1
+    assert "wrong data: GEMM" in capsys.readouterr().err
+    assert preflight.overrides(8)[1:3] == ("parallel.tsp=2", "parallel.dp_shard=4")
+    assert preflight.overrides(1)[1:3] == ("parallel.tsp=1", "parallel.dp_shard=1")
 
 
 def test_a_part_that_fails_is_reported_and_the_others_run(gpu_check, tmp_path):

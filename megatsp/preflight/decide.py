@@ -62,12 +62,19 @@ def judge_nodes(
     for node in nodes:
         node.reasons += _of_ranks(node, ranks_per_node)
     _shared_names(nodes)
-    for node in nodes:
-        if node.facts:
-            node.reasons += _of_devices(node.facts, ranks_per_node if devices else 0)
-    _differing(nodes)
+    _judge_facts(nodes, ranks_per_node if devices else 0)
     _skewed(nodes)
     return nodes
+
+
+def judge_facts(facts: Mapping[str, Mapping[str, Any]], ranks: int) -> dict[str, list[str]]:
+    """By node: what its facts say against it, if anything. ranks: of a node that need a GPU each."""
+    nodes = [
+        Node(i, name, [Answer(0, name, 0, "", True, facts=own)])
+        for i, (name, own) in enumerate(facts.items())
+    ]
+    _judge_facts(nodes, ranks)
+    return {node.name: node.reasons for node in nodes if node.reasons}
 
 
 def _of_ranks(node: Node, ranks_per_node: int) -> Iterator[str]:
@@ -114,9 +121,11 @@ def _of_devices(facts: Mapping[str, Any], ranks: int) -> Iterator[str]:
         yield f"{facts['gpus']} GPUs for {ranks} ranks"
 
 
-def _differing(nodes: Sequence[Node]) -> None:
-    """Versions, driver and devices that are not those of most nodes."""
+def _judge_facts(nodes: Sequence[Node], ranks: int) -> None:
+    """GPUs that do not answer or are too few; versions, driver and devices other than most nodes'."""
     told = [node for node in nodes if node.facts]
+    for node in told:
+        node.reasons += _of_devices(node.facts, ranks)
     packages = dict.fromkeys(name for node in told for name in node.facts["versions"])
     subjects: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         name: lambda facts, name=name: facts["versions"].get(name, "none")  # type: ignore[misc]

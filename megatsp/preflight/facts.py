@@ -13,7 +13,10 @@ from typing import Any
 from megatsp import __version__
 from megatsp.doctor.driver import driver_version
 
-_PACKAGES = ("torch", "triton", "pytorch-triton-rocm", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+_PACKAGES = (
+    "torch", "triton", "triton-rocm", "pytorch-triton-rocm", "nvidia-nccl-cu12", "nvidia-nccl-cu13",
+    "rocm", "rocm-sdk-core",
+)  # fmt: skip
 _TIMEOUT_S = 30  # nvidia-smi waits for ever for a GPU that has fallen off the bus
 
 
@@ -62,7 +65,8 @@ def _nvidia_memory() -> tuple[list[int], str]:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return [], f"nvidia-smi has not answered in {_TIMEOUT_S} s"
-    lines = asked.stdout.split("\n")
-    if asked.returncode:
+    lines = [line.strip() for line in asked.stdout.split("\n") if line.strip()]
+    odd = [line for line in lines if not line.isdigit()]  # such as [GPU is lost], with status 0
+    if asked.returncode or odd:
         return [], " ".join(f"nvidia-smi: {asked.stdout} {asked.stderr}".split())[:300]
-    return [int(line) << 20 for line in lines if line.strip().isdigit()], ""
+    return [int(line) << 20 for line in lines], ""

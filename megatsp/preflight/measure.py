@@ -1,13 +1,14 @@
 """What a rank of the preflight measures: products on its device, transfers in its groups, hops between nodes.
 
-All ranks call these together, in the same order. Whatever travels is a known pattern, of whole numbers that
-every dtype holds exactly, sums included; what arrives is held against it.
+All ranks of a group call these together, in the same order. Whatever travels is a known pattern, of whole
+numbers that every dtype holds exactly, sums included; what arrives is held against it.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,24 @@ from megatsp.schema import Config
 Clock = Callable[[], float]
 
 _FLOPS = {"cuda": 2**42, "cpu": 2**29}  # of one product at most
-_SHARE_S = 0.2  # of a device's time for one timing
+_PRODUCTS_S = {"cuda": 2.0, "cpu": 0.2}  # of all timings: a GPU slows down when it is warm
+_TRANSFERS_S = 0.01  # of one timing, in which a transfer is repeated
+_MOST_TIMES = 200
 _MOVED, _ADDED = 64, 4  # values of a pattern; bf16 has all sums up to 256, of more ranks than tp has
+_SENDERS = 16  # kinds of addends: ranks that are alike modulo it add the same
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank measured. right: whether data came out, or arrived, as known. seconds: of one transfer.
+
+    wrong_of: ranks of the group whose data arrived wrong, where that can be told.
+    """
+
+    value: float
+    right: bool
+    seconds: float = 0.0
+    wrong_of: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,19 +50,16 @@ class Bench:
     repeats: int
     clock: Clock = time.perf_counter
 
-    def time(self, prepare: Callable[[], Tensor], work: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
-        """(median seconds of `work` on what `prepare` gave, its last result); once more first, to warm up."""
-        seconds = []
-        for _ in range(self.repeats + 1):
-            given = prepare()
-            self._synchronize()
-            start = self.clock()
-            result = work(given)
-            self._synchronize()
-            seconds.append(self.clock() - start)
-        return max(statistics.median(seconds[1:]), 1e-9), result
+    def time(self, work: Callable[[], Any]) -> float:
+        """Seconds of `work`, to the end of what it started on a GPU."""
+        self.synchronize()
+        start = self.clock()
+        work()
+        self.synchronize()
+        return max(self.clock() - start, 1e-9)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Waits for what was started on a GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -58,27 +72,33 @@ def product_shape(config: Config, device: torch.device) -> tuple[int, int, int]:
     return max(1, min(tokens, most)), m.hidden_size, m.ffn_hidden_size
 
 
-def measure_product(config: Config, bench: Bench) -> tuple[float, bool]:
-    """(TFLOP/s of this device in the model's dtype, whether a product of whole numbers is right)."""
+def measure_product(config: Config, bench: Bench) -> Measured:
+    """TFLOP/s of this device in the model's dtype; right: the last product, and one of whole numbers."""
     rows, h, ffn = product_shape(config, bench.device)
     dtype, device = DTYPES[config.trainer.dtype], bench.device
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(n, h, generator=generator, device=device).to(dtype) for n in (rows, ffn))
+    result = a.new_empty(rows, ffn)
 
-    def times_b(left: Tensor) -> Tensor:
-        for _ in range(count):
-            result = left @ b.t()
-        return result
+    def multiply(times: int = 1) -> None:
+        for _ in range(times):
+            torch.mm(a, b.t(), out=result)
 
-    count = 1
-    once, _ = bench.time(lambda: a, times_b)
-    count = max(1, min(200, int(_SHARE_S / bench.repeats / once)))
-    seconds, _ = bench.time(lambda: a, times_b)
+    multiply()
+    count = max(1, int(_PRODUCTS_S[device.type] / bench.repeats / bench.time(multiply)))
+    seconds = statistics.median(bench.time(lambda: multiply(count)) for _ in range(bench.repeats)) / count
+    is_near = _row_sums_are_near(result, a, b)
     # Few enough ones that all sums are exact in bf16, in whatever order they are added.
     left, right = (_few_ones(n, h, one_in, generator).to(dtype) for n, one_in in ((rows, 4), (ffn, 16)))
     wanted = left.double() @ right.sum(0, dtype=torch.float64)
-    is_right = torch.equal((left @ right.t()).sum(1, dtype=torch.float64), wanted)
-    return 2e-12 * rows * h * ffn * count / seconds, is_right
+    is_exact = torch.equal((left @ right.t()).sum(1, dtype=torch.float64), wanted)
+    return Measured(2e-12 * rows * h * ffn / seconds, is_near and is_exact, seconds)
+
+
+def _row_sums_are_near(product: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether every row of a @ b.T adds up as it should, within 16 deviations of rounding to bf16."""
+    off = product.sum(1, dtype=torch.float64) - a.double() @ b.sum(0, dtype=torch.float64)
+    return bool(off.abs().max() <= 2**-5 * b.numel() ** 0.5)  # False for NaN
 
 
 def _few_ones(rows: int, columns: int, one_in: int, generator: torch.Generator) -> Tensor:
@@ -87,23 +107,49 @@ def _few_ones(rows: int, columns: int, one_in: int, generator: torch.Generator) 
     return (drawn == 0).int() - (drawn == 1).int()
 
 
-def measure_transfer(transfer: Transfer, comm: Comm, bench: Bench) -> tuple[float, bool]:
-    """(bus bandwidth in GB/s as this rank sees it, whether what arrived is right); on all ranks of `comm`."""
+def measure_transfer(transfer: Transfer, comm: Comm, bench: Bench) -> Measured:
+    """Bus bandwidth in GB/s as this rank sees it, and whether what arrived is right; on all ranks of `comm`.
+
+    A timing repeats the transfer until it is long against its start by the host. After each one it is made
+    once more with other data, which is what is checked.
+    """
     per_rank = -(-transfer.elements // comm.size)
     dtype = DTYPES[transfer.dtype]
+    elements = per_rank if transfer.operation == "all_gather" else per_rank * comm.size
     sums = transfer.operation in ("reduce_scatter", "all_reduce", "reduce")
-    in_parts = transfer.operation == "all_gather"
-    own = _pattern(per_rank if in_parts else per_rank * comm.size, comm.rank, sums, bench.device)
 
-    def prepare() -> Tensor:
-        given = own.to(dtype, copy=True)
-        dist.barrier(comm.group)
-        return given
+    def given(number: int) -> Tensor:
+        return _pattern(elements, comm.rank, number, sums, bench.device).to(dtype)
 
-    seconds, result = bench.time(prepare, lambda given: _run(transfer.operation, given, comm))
-    right = _is_right(transfer.operation, result, own, per_rank, comm)
-    num_bytes = per_rank * comm.size * dtype.itemsize
-    return 1e-9 * bus_bytes(transfer.operation, num_bytes, comm.size) / seconds, right
+    def timed(data: Tensor, times: int) -> float:
+        def work() -> None:
+            for _ in range(times):
+                _run(transfer.operation, data, comm)
+
+        bench.synchronize()
+        dist.barrier(comm.group)  # all begin together
+        return bench.time(work) / times
+
+    timed(given(0), 1)  # to warm up
+    times = _times(timed(given(0), 1), comm)
+    seconds: list[float] = []
+    wrong: set[int] = set()
+    right = True
+    for number in range(1, bench.repeats + 1):
+        seconds.append(timed(given(0), times))
+        result = _run(transfer.operation, given(number), comm)
+        is_right, wrong_of = _check(transfer.operation, result, per_rank, number, comm)
+        right, wrong = right and is_right, wrong | wrong_of
+    median = statistics.median(seconds)
+    speed = bus_bytes(transfer.operation, per_rank * comm.size * dtype.itemsize, comm.size) / median
+    return Measured(1e-9 * speed, right, median, tuple(sorted(wrong)))
+
+
+def _times(seconds: float, comm: Comm) -> int:
+    """How often to repeat what took so long here, on all ranks of the group the same."""
+    slowest = [seconds] * comm.size
+    dist.all_gather_object(slowest, seconds, group=comm.group)
+    return max(1, min(_MOST_TIMES, round(_TRANSFERS_S / max(slowest))))
 
 
 def _run(operation: str, given: Tensor, comm: Comm) -> Tensor:
@@ -122,32 +168,48 @@ def _run(operation: str, given: Tensor, comm: Comm) -> Tensor:
     return pending.wait()
 
 
-def _pattern(elements: int, rank: int, sums: bool, device: torch.device, start: int = 0) -> Tensor:
-    """What a rank of a group sends: int32. sums: small enough to be added up. start: of a piece of it."""
-    numbers = torch.arange(start, start + elements, dtype=torch.int32, device=device)
-    return (numbers + rank).remainder_(_ADDED) if sums else (numbers + 7 * rank).remainder_(_MOVED)
+def _pattern(
+    elements: int, rank: int, number: int, sums: bool, device: torch.device, start: int = 0
+) -> Tensor:
+    """What a rank of a group sends the number-th time: int32, a hash of place, rank and number.
+
+    sums: small enough to be added up. start: of a piece of it.
+    """
+    seed = (rank % _SENDERS if sums else rank) * 0x5851F42D + number * 0x14057B7F
+    hashed = torch.arange(start, start + elements, dtype=torch.int32, device=device)
+    hashed.add_(_int32(seed)).mul_(_int32(0x9E3779B1))  # it wraps around
+    hashed.bitwise_xor_(hashed >> 15).mul_(_int32(0x85EBCA6B))
+    return hashed.bitwise_right_shift_(16).bitwise_and_((_ADDED if sums else _MOVED) - 1)
 
 
-def _is_right(operation: str, result: Tensor, own: Tensor, per_rank: int, comm: Comm) -> bool:
-    """Whether a rank of the group got what the patterns of all make."""
-    device, size, rank = own.device, comm.size, comm.rank
-    if operation == "all_gather":
-        parts = result.view(size, per_rank)
-        return all(_equal(parts[r], _pattern(per_rank, r, False, device)) for r in range(size))
-    if operation == "all_to_all":
-        parts, start = result.view(size, per_rank), rank * per_rank
-        return all(_equal(parts[r], _pattern(per_rank, r, False, device, start)) for r in range(size))
-    if operation == "shift":
-        return _equal(result, _pattern(len(own), (rank - 1) % size, False, device))
+def _int32(number: int) -> int:
+    """The number modulo 2^32, as int32 has it."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def _check(operation: str, result: Tensor, per_rank: int, number: int, comm: Comm) -> tuple[bool, set[int]]:
+    """Whether a rank of the group got what the patterns of all make; and whose part is wrong, if known."""
+    device, size, rank = result.device, comm.size, comm.rank
+    length = len(result)
+    if operation in ("all_gather", "all_to_all"):
+        start = rank * per_rank if operation == "all_to_all" else 0
+        parts = enumerate(result.view(size, per_rank))
+        wrong = {
+            r for r, part in parts if not _equal(part, _pattern(per_rank, r, number, False, device, start))
+        }
+        return not wrong, wrong
     if operation == "broadcast":
-        return _equal(result, _pattern(len(own), 0, False, device))
+        right = _equal(result, _pattern(length, 0, number, False, device))
+        return right, set() if right else {0}
+    if operation == "shift":  # to tell sender and receiver apart it takes another receiver
+        return _equal(result, _pattern(length, (rank - 1) % size, number, False, device)), set()
     if operation == "reduce" and rank != 0:
-        return True  # what is left in its buffer is nobody's
+        return True, set()  # what is left in its buffer is nobody's
     start = rank * per_rank if operation == "reduce_scatter" else 0
-    total = torch.zeros(len(result), dtype=torch.int32, device=device)
-    for residue in range(min(_ADDED, size)):  # ranks that are alike modulo _ADDED send the same
-        total += len(range(residue, size, _ADDED)) * _pattern(len(result), residue, True, device, start)
-    return _equal(result, total)
+    total = torch.zeros(length, dtype=torch.int32, device=device)
+    for kind in range(min(_SENDERS, size)):
+        total += len(range(kind, size, _SENDERS)) * _pattern(length, kind, number, True, device, start)
+    return _equal(result, total), set()
 
 
 def _equal(result: Tensor, wanted: Tensor) -> bool:
@@ -163,18 +225,3 @@ def ring_rounds(count: int) -> list[list[tuple[int, int]]]:
     pairs = [(i, (i + 1) % count) for i in range(count)]
     rounds = [pairs[0 : count - count % 2 : 2], pairs[1 : count - count % 2 : 2]]
     return [*rounds, [pairs[-1]]] if count % 2 else rounds
-
-
-def measure_pair(peer: int, num_bytes: int, bench: Bench) -> tuple[float, bool]:
-    """(GB/s that this rank receives of `peer`, to which it sends as much meanwhile, whether it is right)."""
-    rank = dist.get_rank()
-    own, theirs = (_pattern(num_bytes, r, False, bench.device).to(torch.uint8) for r in (rank, peer))
-
-    def exchange(arrived: Tensor) -> Tensor:
-        ends = [dist.P2POp(dist.isend, own, peer), dist.P2POp(dist.irecv, arrived, peer)]
-        for work in dist.batch_isend_irecv(ends):
-            work.wait()
-        return arrived
-
-    seconds, arrived = bench.time(lambda: torch.empty_like(own), exchange)
-    return 1e-9 * num_bytes / seconds, torch.equal(arrived, theirs)

@@ -42,6 +42,7 @@ def as_json(found: Found) -> dict[str, Any]:
         "replaced": dict(choice.replaced) if choice else {},
         "bad": found.verdict.bad,
         "warnings": found.verdict.warnings,
+        "unclear": found.verdict.unclear,
         "measurements": [
             {
                 "what": kind.what, "where": kind.where, "bytes": kind.bytes, "unit": kind.samples[0].unit,

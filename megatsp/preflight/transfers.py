@@ -1,16 +1,24 @@
 """The transfers that a run will make, at their sizes, and the ranks that make each together.
 
-Read off the validated configuration: of the streamed buckets the widest one, of FSDP one layer.
+Read off the validated configuration: of the streamed buckets, and of FSDP's units, the widest one.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+from torch.distributed.tensor import Shard
 
 from megatsp.axes import axis_sizes
 from megatsp.cluster.mesh import coordinates
-from megatsp.model.parallelize import parts
+from megatsp.comm import Comm
+from megatsp.model.gpt import GPT, add_adapters
+from megatsp.model.parallelize import parts, placement
 from megatsp.schema import AXES, Config, ParallelConfig
-from megatsp.tsp.buckets import width
+from megatsp.tsp.buckets import Part, width
+from megatsp.tsp.owner import Broadcast
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -52,8 +60,7 @@ def transfers(config: Config) -> list[Transfer]:
     """
     sizes = dict(zip(AXES, axis_sizes(config.parallel), strict=True))
     found = [*_weights(config), *_keys_and_values(config), *_tokens(config), *_data_parallel(config)]
-    groups = ((transfer, _ranks(transfer.axes, sizes)) for transfer in found)
-    return [transfer for transfer, ranks in groups if ranks > 1]
+    return [transfer for transfer in found if math.prod(sizes[axis] for axis in transfer.axes) > 1]
 
 
 def groups(axes: Sequence[str], parallel: ParallelConfig) -> list[list[int]]:
@@ -69,15 +76,8 @@ def groups(axes: Sequence[str], parallel: ParallelConfig) -> list[list[int]]:
     return list(found.values())
 
 
-def _ranks(axes: Sequence[str], sizes: dict[str, int]) -> int:
-    product = 1
-    for axis in axes:
-        product *= sizes[axis]
-    return product
-
-
 def _weights(config: Config) -> Iterator[Transfer]:
-    """Of tsp: the widest bucket's columns, and their gradient in fp32."""
+    """Of tsp: the columns of the widest bucket, or of its widest piece, and their gradient in fp32."""
     p, dtype, h = config.parallel, config.trainer.dtype, config.model.hidden_size
     all_parts = parts(config.model, p)
     gathered = all_parts if p.tsp_layout == "hidden" else all_parts[2:]
@@ -87,12 +87,21 @@ def _weights(config: Config) -> Iterator[Transfer]:
     if trained:
         yield Transfer(f"{label} gradients", ("tsp",), "reduce_scatter", columns * h, "fp32")
     if p.tsp_layout == "owner":
-        attention, mlp = (max(map(width, part.buckets)) * h for part in all_parts[:2])
+        attention, mlp = _widest_piece(all_parts[0], p.tsp) * h, max(map(width, all_parts[1].buckets)) * h
         yield Transfer("attention weights", ("tsp",), "broadcast", attention, dtype)
         yield Transfer("mlp weights", ("tsp",), "shift", mlp, dtype)
         if trained:
             yield Transfer("attention gradients", ("tsp",), "reduce", attention, "fp32")
             yield Transfer("mlp gradients", ("tsp",), "shift", mlp, "fp32")
+
+
+def _widest_piece(part: Part, ranks: int) -> int:
+    """Columns of the most that one owner broadcasts at once."""
+    comm = Comm(None)
+    comm.size = ranks
+    transport = Broadcast(part, comm, torch.float32)
+    steps = range(transport.steps)
+    return max(stop - start for step in steps for _, start, stop, _ in transport.pieces(step))
 
 
 def _keys_and_values(config: Config) -> Iterator[Transfer]:
@@ -129,27 +138,41 @@ def _tokens(config: Config) -> Iterator[Transfer]:
 
 
 def _data_parallel(config: Config) -> Iterator[Transfer]:
-    """FSDP's weights and gradients of a layer, and their sum over replicas; see model/parallelize.py."""
+    """FSDP's weights and gradients of its widest units, and their sum over replicas."""
     p = config.parallel
     shard = ("dp_shard", "cp") if p.fsdp_over_cp else ("dp_shard",)
     replicate = ("dp_replicate",) if p.fsdp_over_cp else ("dp_replicate", "cp")
-    layer = config.model.hidden_size * sum(
-        width(bucket) for part in parts(config.model, p)[:2] for bucket in part.buckets
-    )
-    trained = _adapters(config) if config.finetune.lora_rank else layer // p.tsp
     shards = p.dp_shard * (p.cp if p.fsdp_over_cp else 1)
-    yield Transfer("layer's weights", shard, "all_gather", layer // p.tsp, config.trainer.dtype)
-    yield Transfer("layer's gradients", shard, "reduce_scatter", trained, "fp32")
-    yield Transfer("layer's gradients", replicate, "all_reduce", -(-trained // shards), "fp32")
+    held, trained = (Counter[str]() for _ in range(2))
+    for unit, elements, is_trained in _fsdp_shards(config, shards):
+        held[unit] += elements
+        trained[unit] += elements * is_trained
+    ((unit, elements),) = held.most_common(1)
+    yield Transfer(f"{unit}'s weights", shard, "all_gather", elements * shards, config.trainer.dtype)
+    ((unit, elements),) = trained.most_common(1)
+    yield Transfer(f"{unit}'s gradients", shard, "reduce_scatter", elements * shards, "fp32")
+    yield Transfer(f"{unit}'s gradients", replicate, "all_reduce", elements, "fp32")
 
 
-def _adapters(config: Config) -> int:
-    """Elements of a layer's low-rank adapters that one rank of the model axis holds."""
-    m, p = config.model, config.parallel
-    heads, kv_heads = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels
-    others = {
-        "q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads, "o_proj": heads,
-        "gate_proj": m.ffn_hidden_size, "up_proj": m.ffn_hidden_size, "down_proj": m.ffn_hidden_size,
-    }  # fmt: skip
-    sides = (m.hidden_size // p.tsp + others[name] // p.tp for name in set(config.finetune.lora_targets))
-    return config.finetune.lora_rank * sum(sides)
+def _fsdp_shards(config: Config, shards: int) -> Iterator[tuple[str, int, bool]]:
+    """Of each parameter, of one layer: its unit, a rank's padded elements, whether it is trained.
+
+    See `model.parallelize._apply_fsdp`, which makes the units and cuts them.
+    """
+    with torch.device("meta"):
+        gpt = GPT(replace(config.model, num_layers=1))
+        add_adapters(gpt, config.finetune)
+    on_model_axis = config.parallel.tsp * config.parallel.tp
+    for name, parameter in gpt.named_parameters():
+        shape, cut = list(parameter.shape), placement(name, config.parallel)
+        dim = 1 if cut.is_shard(0) and len(shape) == 2 and shape[1] % shards == 0 else 0
+        if isinstance(cut, Shard):
+            shape[cut.dim] = -(-shape[cut.dim] // on_model_axis)
+        shape[dim] = -(-shape[dim] // shards)
+        if ".layers." in name:
+            unit = "layer"
+        elif "lm_head" in name:
+            unit = "head"
+        else:  # one with the last norm, unless there is a head
+            unit = "embedding" if "embed_tokens" in name or gpt.lm_head is None else "norm"
+        yield unit, math.prod(shape), parameter.requires_grad

@@ -3,11 +3,11 @@
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,13 +19,15 @@ from megatsp import cli
 from megatsp.cluster.profiles import Expected
 from megatsp.comm import Comm
 from megatsp.compose import compose
+from megatsp.launcher.outcome import node_name
 from megatsp.preflight import command, measure
 from megatsp.preflight import examine as examine_module
 from megatsp.preflight.command import _needed, parse
-from megatsp.preflight.examine import Found, Judging, Kind, examine
+from megatsp.preflight.examine import Found, Judging, Kind, examine, expected_gb_s, hop_bytes
 from megatsp.preflight.files import write_names
-from megatsp.preflight.judge import Place, Sample, Verdict
-from megatsp.preflight.measure import Bench, measure_transfer
+from megatsp.preflight.judge import Place, Sample, Verdict, judge_spanning
+from megatsp.preflight.measure import Bench, Measured, measure_product, measure_transfer
+from megatsp.preflight.presence import _name
 from megatsp.preflight.report import as_json, table
 from megatsp.preflight.transfers import Transfer, bus_bytes
 from megatsp.validate import validate
@@ -43,32 +45,85 @@ class Steps:
         return next(self._times)
 
 
-def transfer_results(dtype: str) -> list[list[tuple[float, bool]]]:
-    """On a rank: each operation as it should be, and with one element of what arrives changed."""
-    found: list[list[tuple[float, bool]]] = [[], []]
-    run, comm, bench = measure._run, Comm(dist.group.WORLD), Bench(torch.device("cpu"), 2, Steps(0.5))
+def transfer_results(dtype: str) -> list[list[Measured]]:
+    """On a rank: each operation as it should be; with an element of what arrives changed; rotated; stale."""
+    run, comm, repeats = measure._run, Comm(dist.group.WORLD), 2
 
     def changed(operation, given, comm):
         result = run(operation, given, comm)
         result.view(-1)[-1] += 1
         return result
 
-    for results, function in zip(found, (run, changed), strict=True):
+    def rotated(operation, given, comm):
+        return run(operation, given, comm).roll(64)
+
+    def stale(operation, given, comm):
+        """Does nothing the last time, so that there is what was there before."""
+        calls.append(operation)
+        if calls.count(operation) == 2 + 2 * repeats:  # warm, once; then timed and checked
+            return kept[0]
+        kept[:] = [run(operation, given, comm)]
+        return kept[0]
+
+    found, calls, kept = [], [], []
+    for function in (run, changed, rotated, stale):
         measure._run = function
-        for operation in OPERATIONS:
-            results.append(measure_transfer(Transfer("x", ("tsp",), operation, 1001, dtype), comm, bench))
+        bench = Bench(torch.device("cpu"), repeats, Steps(0.5))
+        transfers = [Transfer("x", ("tsp",), operation, 1001, dtype) for operation in OPERATIONS]
+        found.append([measure_transfer(transfer, comm, bench) for transfer in transfers])
     return found
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_operation_is_timed_and_checked(dtype):
     size = {"fp32": 4, "bf16": 2}[dtype]
-    for rank, (good, bad) in enumerate(run_distributed(transfer_results, 3, dtype)):
-        for operation, (speed, right) in zip(OPERATIONS, good, strict=True):
-            assert right, operation
-            assert speed == pytest.approx(1e-9 * bus_bytes(operation, 1002 * size, 3) / 0.5)
-        nobody_reads = {"reduce"} if rank else set()
-        assert {o for o, (_, right) in zip(OPERATIONS, bad, strict=True) if right} == nobody_reads
+    for rank, (good, *faulty) in enumerate(run_distributed(transfer_results, 3, dtype)):
+        for operation, measured in zip(OPERATIONS, good, strict=True):
+            assert measured.right and not measured.wrong_of, operation
+            assert measured.value == pytest.approx(1e-9 * bus_bytes(operation, 1002 * size, 3) / 0.5)
+            assert measured.seconds == pytest.approx(0.5)
+        for results in faulty:
+            right = {o for o, measured in zip(OPERATIONS, results, strict=True) if measured.right}
+            assert right == ({"reduce"} if rank else set())  # which nobody else reads
+        changed = dict(zip(OPERATIONS, faulty[0], strict=True))
+        assert changed["all_gather"].wrong_of == changed["all_to_all"].wrong_of == (2,)
+        assert changed["broadcast"].wrong_of == (0,) and changed["shift"].wrong_of == ()
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_patterns_of_other_places_ranks_and_repetitions_differ(sums):
+    def pattern(rank=0, number=1, start=0):
+        return measure._pattern(1000, rank, number, sums, torch.device("cpu"), start)
+
+    values = 4 if sums else 64
+    assert pattern().unique().tolist() == list(range(values))
+    assert torch.equal(pattern(start=10)[:990], pattern()[10:])
+    others = [pattern(rank) for rank in (1, 2, 64 if not sums else 7)]
+    others += [pattern(number=2), *(pattern().roll(shift) for shift in (1, 4, 16, 64, 256))]
+    for other in others:
+        assert (other != pattern()).float().mean() > 0.9 * (1 - 1 / values)
+
+
+def on_a_quick_link() -> list[tuple[int, float]]:
+    """On a rank: how often a transfer is repeated in a timing, and the seconds of one."""
+    run, calls = measure._run, []
+    clock_s = [0.0]
+
+    def quick(operation, given, comm):
+        calls.append(operation)
+        clock_s[0] += 1e-3 if dist.get_rank() else 2e-3
+        return run(operation, given, comm)
+
+    measure._run = quick
+    bench = Bench(torch.device("cpu"), 1, lambda: clock_s[0])
+    measured = measure_transfer(Transfer("x", (), "all_reduce", 10, "fp32"), Comm(dist.group.WORLD), bench)
+    return [(len(calls), measured.seconds, measured.right)]
+
+
+def test_a_quick_transfer_is_repeated_for_one_timing_on_all_ranks_as_often():
+    for rank, [(calls, seconds, right)] in enumerate(run_distributed(on_a_quick_link, 2)):
+        assert calls == 1 + 1 + 5 + 1 and right  # warm, once, for 10 ms of the slower one, checked
+        assert seconds == pytest.approx(1e-3 if rank else 2e-3)
 
 
 def on_three_nodes(fault: str, excluding: bool = True, needed: int = 2, expected: Expected = Expected()):  # noqa: B008
@@ -85,7 +140,8 @@ def on_three_nodes(fault: str, excluding: bool = True, needed: int = 2, expected
     if needed == 3:
         overrides[-2:] = ["parallel.dp_shard=3", "trainer.global_batch_size=12"]
     config = validate(compose(overrides), 2 * needed)
-    run, pair = measure._run, examine_module.measure_pair
+    run, transferred = measure._run, examine_module.measure_transfer
+    product = examine_module.measure_product
 
     def wrong(operation, given, comm):
         result = run(operation, given, comm)
@@ -93,38 +149,60 @@ def on_three_nodes(fault: str, excluding: bool = True, needed: int = 2, expected
             result.view(-1)[0] += 1
         return result
 
-    def late(peer, num_bytes, bench):
-        speed, right = pair(peer, num_bytes, bench)
-        return speed / 10, right
+    def late(transfer, comm, bench):
+        measured = transferred(transfer, comm, bench)
+        is_hop = transfer.what.startswith("hop")
+        return replace(measured, value=measured.value / 10) if is_hop else measured
 
     first_time = [True]
 
-    def late_once(peer, num_bytes, bench):
-        speed, right = pair(peer, num_bytes, bench)
-        return speed / (10 if first_time and first_time.pop() else 1), right
+    def late_once(transfer, comm, bench):
+        is_first = transfer.what.startswith("hop") and first_time and first_time.pop()
+        return (late if is_first else transferred)(transfer, comm, bench)
 
+    def raising(config, bench):
+        raise RuntimeError("\nuncorrectable ECC error\nwhere it was")
+
+    def blaming(samples, hops, expected, fraction):
+        """Only now it is seen that n1 is bad."""
+        bad = {"n1": ["late"]} if any("n1" in sample.nodes for sample in samples) else {}
+        return Verdict(bad), Verdict()
+
+    examine_module.judge_spanning = blaming if fault == "seen late" else judge_spanning
+
+    def wrong_between(transfer, comm, bench):
+        measured = transferred(transfer, comm, bench)
+        return replace(measured, right=False) if "dp_shard" in transfer.axes else measured
+
+    examine_module.measure_product = raising if fault == "broken device" and rank == 3 else product
     if fault == "burst" and rank == 3:
-        examine_module.measure_pair = late_once
+        examine_module.measure_transfer = late_once
     if fault == "wrong data" and rank == 0:
         measure._run = wrong
     if fault == "slow link" and rank == 3:
-        examine_module.measure_pair = late
-    clock = Steps(5.0 if fault == "slow device" and rank == 3 else 1.0)
-    judging = Judging(expected, 0.7, excluding, 60.0)
-    found = examine(config, places, needed, Bench(torch.device("cpu"), 1, clock), judging)
+        examine_module.measure_transfer = late
+    if fault == "wrong between" and rank == 1:
+        examine_module.measure_transfer = wrong_between
+    clock = Steps(5.0 if fault == "slow device" and rank == 3 else 1e-5 if fault == "brief" else 1.0)
+    if fault == "brief" and rank == 3:
+        clock = Steps(1e-4)
+    judging = Judging(expected, 0.7, excluding, 60.0, 50.0)
+    unfit = {"n1": ["GPU 1 cannot be used"]} if fault == "unfit" else None
+    found = examine(config, places, needed, Bench(torch.device("cpu"), 1, clock), judging, unfit)
     return as_json(found), list(table(found, 2, "none"))
 
 
 def faults() -> list:
     """On a rank: several examinations in turn."""
-    before = measure._run, examine_module.measure_pair
+    before = measure._run, examine_module.measure_transfer, examine_module.measure_product
     results = []
     for given in (
         ("none",), ("slow device",), ("wrong data",), ("slow link",), ("slow device", False),
         ("slow device", True, 3), ("none", True, 2, Expected(within_node_gb_s=1.0, between_nodes_gb_s=1.0)),
-        ("burst",),
+        ("burst",), ("broken device",), ("wrong between",), ("brief",), ("unfit",),
+        ("seen late",),
     ):  # fmt: skip
-        measure._run, examine_module.measure_pair = before
+        measure._run, examine_module.measure_transfer, examine_module.measure_product = before
         results.append(on_three_nodes(*given))
     return results
 
@@ -133,7 +211,7 @@ def test_faults_are_named_and_spares_take_over():
     every_rank = run_distributed(faults, 6, timeout_s=240)
     assert all(results == every_rank[0] for results in every_rank)  # all come to the same choice
     reports, tables = zip(*every_rank[0], strict=True)
-    good, slow, wrong, link, warned, few, below, burst = reports
+    good, slow, wrong, link, warned, few, below, burst, broken, unclear, brief, unfit, seen_late = reports
     lines, warned_lines = tables[0], tables[4]
 
     assert good["nodes"] == ["n0", "n1"] and good["spares"] == ["n2"]
@@ -167,6 +245,66 @@ def test_faults_are_named_and_spares_take_over():
     assert below["nodes"] == ["n0", "n1"] and not below["bad"]  # none of them is to blame
     assert below["warnings"] and all("most are below what is expected" in line for line in below["warnings"])
     assert burst["nodes"] == ["n0", "n1"] and not burst["warnings"]  # well when it is measured again
+
+    for report in (broken, unfit):  # nobody measures with that node any more
+        assert report["nodes"] == ["n0", "n2"] and report["replaced"] == {"n1": "n2"}
+        others = [m for m in report["measurements"] if m["where"] != "devices"]
+        assert {place[0] for m in others for s in m["measured"] for place in s["devices"]} == {"n0", "n2"}
+    (reason,) = broken["bad"]["n1"]
+    assert reason.startswith("CPU rank 1: GEMM fp32") and reason.endswith("]: uncorrectable ECC error")
+    assert unfit["bad"] == {"n1": ["GPU 1 cannot be used"]}
+
+    assert not unclear["enough"] and not unclear["bad"]
+    assert unclear["unclear"] and all(text.endswith("over n0, n1: wrong data") for text in unclear["unclear"])
+
+    assert seen_late["nodes"] == ["n0", "n2"]
+    between = [m for m in seen_late["measurements"] if m["where"] == "between nodes"]
+    nodes = [sorted({place[0] for s in m["measured"] for place in s["devices"]}) for m in between]
+    assert nodes == sorted(nodes) and ["n0", "n1"] in nodes and nodes.count(["n0", "n2"]) == len(nodes) // 2
+
+    transfers_in = [m["where"] != "devices" for m in brief["measurements"]]
+    assert any(transfers_in) and list(brief["bad"]) == ["n1"]  # for its product alone
+    assert all("GEMM" in reason for reason in brief["bad"]["n1"])
+    assert any("hop to the next node" in warning for warning in brief["warnings"])
+
+
+def test_a_profiles_figures_count_for_what_they_are_figures_of():
+    known = Expected(within_node_gb_s=300, between_nodes_gb_s=40, ranks_per_node=8)
+    gather, ring = (Transfer("x", ("tsp",), operation, 8, "bf16") for operation in ("all_gather", "shift"))
+    node = [Place("n0", device) for device in range(8)]
+    rail = [Place(f"n{i}", 3) for i in range(4)]
+
+    def expected(transfer, places, per_node=8, known=known):
+        return expected_gb_s(known, transfer, places, per_node)
+
+    assert expected(gather, node) == 300 and expected(ring, node) == 0
+    assert expected(gather, node[:4]) == 0 and expected(gather, node[:4], 4) == 0
+    assert expected(gather, node[:4], 4, replace(known, ranks_per_node=0)) == 300
+    assert expected(gather, rail) == expected(ring, rail[:2]) == 40
+    assert expected(gather, [*node, *(Place("n1", device) for device in range(8))]) == 0
+
+
+def test_hops_are_large_enough_to_say_something_of_a_network():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [hop_bytes(size, gpu) for size in (10, 2**26, 2**40)] == [2**24, 2**26, 2**28]
+    assert hop_bytes(5000, cpu) == 5000
+
+
+def test_a_product_that_is_wrong_is_seen(monkeypatch):
+    config = validate(compose([*TINY, "launch.nproc=1"]), 1)
+    bench = Bench(torch.device("cpu"), 2)
+    good = measure_product(config, bench)
+    assert good.right and good.value > 0 and good.seconds > 0
+    mm, calls = torch.mm, []
+
+    def once(a, b, out):
+        """The last one of the timed products lacks a row."""
+        calls.append(mm(a, b, out=out))
+        out[3] = 0
+        return out
+
+    monkeypatch.setattr(torch, "mm", once)
+    assert not measure_product(config, bench).right and len(calls) > 4
 
 
 def places_of(*names: str) -> list[Place]:
@@ -232,48 +370,21 @@ def test_the_command_alone():
     assert {m["expected"] for m in report["measurements"]} == {None}
 
 
-def run_in_job(folder: Path, *overrides: str) -> tuple[list[int], list[str], list[str]]:
-    """Two nodes of one rank, of which the job needs one: exit statuses, outputs, errors."""
-    write_names(folder / "nodes.txt", ["n0"])
-    with socket.create_server(("", 0)) as probe:
-        port = probe.getsockname()[1]
-    processes: list[subprocess.Popen[str]] = []
-    try:
-        for rank in range(2):
-            task = environment(
-                SLURM_STEP_ID="1", SLURM_NTASKS="2", SLURM_PROCID=str(rank), SLURM_LOCALID="0",
-                SLURMD_NODENAME=f"n{rank}", MASTER_ADDR="localhost", MASTER_PORT=str(port),
-            )  # fmt: skip
-            processes.append(subprocess.Popen(
-                [sys.executable, "-m", "megatsp", "preflight", "--folder", str(folder), "--repeats", "1",
-                 *TINY, *overrides],
-                env=task, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            ))  # fmt: skip
-        said = [process.communicate(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    outputs, errors = zip(*said, strict=True)
-    return [process.returncode for process in processes], list(outputs), list(errors)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_mistake_of_ranks_started_here_is_told_once():
+    ran = subprocess.run(
+        [sys.executable, "-m", "megatsp", "preflight", *TINY, "launch.nproc=2", "parallel.tsp=2",
+         "launch.device=cuda"],
+        env=environment(), capture_output=True, text=True, timeout=200, cwd=ROOT,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert ran.stderr.count("megatsp: error: ") == 1, ran.stderr
+    assert f"launch.device=cuda, but {node_name()}: torch {torch.__version__} sees no GPU" in ran.stderr
 
 
-def test_the_ranks_of_a_job(tmp_path):
-    """The results stand in its folder."""
-    statuses, outputs, errors = run_in_job(tmp_path)
-    assert statuses == [0, 0], errors
-    assert (tmp_path / "nodes.txt").read_text() == "n0\n"
-    report = json.loads((tmp_path / "preflight.json").read_text())
-    assert report["nodes"] == ["n0"] and report["spares"] == ["n1"]
-    assert "node to node" in {m["where"] for m in report["measurements"]}
-    assert "the job runs on 1 node: n0, 1 more to spare" in outputs[0] and not outputs[1]
-
-
-def test_a_mistake_that_all_ranks_of_a_job_make_is_told_once(tmp_path):
-    statuses, _, errors = run_in_job(tmp_path, "launch.nodes=3")
-    assert statuses == [2, 2]
-    assert "2 nodes of 1 ranks, but the job has launch.nodes=3" in errors[0]
-    assert "megatsp: error" not in errors[1]
+def test_a_gpu_is_called_by_where_it_sits():
+    assert _name(SimpleNamespace(pci_domain_id=0, pci_bus_id=0x9A, pci_device_id=0, uuid="u")) == "0000:9a:00"
+    assert _name(SimpleNamespace(uuid="GPU-1-2")) == "GPU-1-2" and _name(SimpleNamespace()) == ""
 
 
 def test_too_few_good_nodes_are_suspected_hardware(tmp_path, monkeypatch, capsys):
@@ -284,9 +395,8 @@ def test_too_few_good_nodes_are_suspected_hardware(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(command, "examine", lambda *given: found)
     for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", SLURMD_NODENAME="n0").items():
         monkeypatch.setenv(name, value)
-    store = dist.HashStore()
-    join = partial(command.join, store=store, rank=0, world_size=1)
-    monkeypatch.setattr(command, "join", join)
+    join = partial(command._join, store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(command, "_join", join)
     try:
         assert command.run(parse(["--folder", str(tmp_path), *TINY])) == 77
     finally:

@@ -1,5 +1,7 @@
 """From measurements to blame: outliers, expectations, ties, pairs, and what blames nobody."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatsp.preflight.decide import choose
@@ -96,19 +98,53 @@ def test_two_slow_neighbours():
     assert judge_pairs(ring, 0, 0.7)[1].bad.keys() == {"n1", "n2"}
 
 
-def test_two_nodes_tell_a_slow_link_only_from_what_is_expected():
+def test_two_slow_adapters_of_other_numbers_do_not_blame_the_node_between_them():
+    speeds = {(0, 1): {3: 5}, (1, 2): {3: 5}, (2, 3): {5: 5}, (3, 4): {5: 5}}
+    ring = []
+    for a in range(8):
+        b = (a + 1) % 8
+        ring += hop(a, b, *(speeds.get((a, b), {}).get(device, 40) for device in range(8)))
+    _, slow = judge_pairs(ring, 0, 0.7)
+    assert slow.bad == {
+        "n1": ["GPU 3: hop 5 GB/s, 0.12 of the median 40"], "n3": ["GPU 5: hop 5 GB/s, 0.12 of the median 40"]
+    }  # fmt: skip
+
+
+def test_two_nodes_blame_neither():
     assert judge_pairs(hop(0, 1, 5, 6), 0, 0.7) == (Verdict(), Verdict())
     _, slow = judge_pairs(hop(0, 1, 5, 6), 50, 0.7)
-    assert slow.bad == {} and "most are below what is expected: the median is 5 GB/s" in slow.warnings[0]
+    assert slow.bad == {} and "most are below what is expected: the median is 6 GB/s" in slow.warnings[0]
+    _, slow = judge_pairs(hop(0, 1, 40, 5, 41), 0, 0.7)
+    assert slow.bad == {} and [line[:10] for line in slow.warnings] == ["n0, GPU 1:", "n1, GPU 1:"]
+    wrong, _ = judge_pairs(hop(0, 1, 40, right=False), 0, 0.7)
+    assert wrong.bad == {} and wrong.unclear == ["n0, GPU 0: hop: wrong data", "n1, GPU 0: hop: wrong data"]
 
 
 def test_wrong_data_between_nodes():
     ring = [*hop(0, 1, 40, 40, right=False), *hop(1, 2, 40, 40, right=False), *hop(2, 0, 40, 40)]
-    ring[0] = hop(0, 1, 40)[0]  # one of the two devices is right: the pair is not
+    ring[0] = hop(0, 1, 40)[0]  # one of the two devices has a pair that is right
     wrong, slow = judge_pairs(ring, 0, 0.7)
-    assert wrong.bad == {"n1": ["GPU 1: hop: wrong data", "GPU 0: hop: wrong data"]} and slow == Verdict()
-    assert judge_pairs(hop(0, 1, 40, right=False), 0, 0.7)[0].bad.keys() == {"n0", "n1"}
+    assert wrong == Verdict({"n1": ["GPU 1: hop: wrong data"]}) and slow == Verdict()
     assert judge_pairs([], 50, 0.7) == (Verdict(), Verdict())
+    ring = [*hop(0, 1, 40), *hop(1, 2, 40, right=False), *hop(2, 3, 40), *hop(3, 0, 40)]
+    assert judge_pairs(ring, 0, 0.7)[0].bad.keys() == {"n1", "n2"}  # both are well with others
+
+
+def test_wrong_data_of_several_ranks_a_node_is_judged_by_the_node():
+    places = tuple(Place(f"n{i // 2}", i % 2) for i in range(8))
+    sample = Sample("gradients", "GB/s", 40, places, right=False)
+
+    def blamed(wrong, places=places):
+        return judge_spanning([replace(sample, wrong=tuple(wrong), places=places)], [], 0, 0.7)[0].bad
+
+    everywhere = [(receiver, sender) for receiver in range(8) for sender in range(8)]
+    across = [pair for pair in everywhere if pair[0] // 2 != pair[1] // 2]
+    reason = "gradients over n0, n1, n2, n3: wrong data"
+    assert blamed(pair for pair in across if 1 in (pair[0] // 2, pair[1] // 2)).keys() == {"n1"}
+    assert blamed(pair for pair in across if pair[1] == 3) == {"n1": [f"GPU 1: {reason}"]}
+    assert blamed([(2, 3)]) == {"n1": [f"GPUs 0-1: {reason}"]}  # it did not even leave the node
+    assert blamed(across) == {} == blamed(everywhere)
+    assert blamed([pair for pair in across if max(pair) < 4], places[:4]) == {}  # of two nodes
 
 
 def test_a_slow_group_over_nodes_blames_none_but_names_the_slowest_pair():
@@ -118,9 +154,42 @@ def test_a_slow_group_over_nodes_blames_none_but_names_the_slowest_pair():
     assert slow.warnings == [
         "n1, n2: gradients 12 GB/s, 0.30 of the median 40; the slowest pair of them is that of n2"
     ]
-    wrong, _ = judge_spanning([group(40, 0, 1, right=False), group(40, 2, 3)], ring, 0, 0.7)
-    assert wrong.bad.keys() == {"n0", "n1"}
     assert judge_spanning([], ring, 50, 0.7) == (Verdict(), Verdict())
+
+
+def every(ranks: int, sender: int) -> tuple[tuple[int, int], ...]:
+    return tuple((receiver, sender) for receiver in range(ranks) if receiver != sender)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "wrong", "blamed"),
+    [
+        (4, every(4, 2), {"n2"}),  # a sender whom all find wrong
+        (4, every(4, 2)[1:], {"n2"}),  # or most
+        (4, every(4, 2) + every(4, 3), {"n2", "n3"}),
+        (4, tuple((1, sender) for sender in (0, 2, 3)), {"n1"}),  # a receiver who finds all wrong
+        (4, ((1, 2),), {"n1"}),  # what most others received well
+        (4, (*every(4, 2), (1, 3)), {"n1", "n2"}),
+        (3, ((1, 2),), set()),  # one says so, the other not
+        (2, ((1, 0),), set()),
+        # A ring's link from 1 to 2 spoils what passes: both ends are as likely.
+        (4, ((2, 1), (3, 1), (0, 1), (2, 0), (3, 0), (2, 3)), set()),
+        (4, (), set()),  # of sums nobody knows
+    ],
+)
+def test_wrong_data_in_a_group_over_nodes_blames_who_explains_it(ranks, wrong, blamed):
+    sample = replace(group(40, *range(ranks), right=False), wrong=wrong)
+    verdict, slow = judge_spanning([sample, group(40, 5, 6)], [], 0, 0.7)
+    nodes = ", ".join(f"n{i}" for i in range(ranks))
+    reason = f"gradients over {nodes}: wrong data"
+    assert verdict.bad == {node: [f"GPU 0: {reason}"] for node in sorted(blamed)} and slow == Verdict()
+    assert verdict.unclear == ([] if blamed else [reason])
+
+
+def test_a_device_is_named_by_what_it_is_called_for_good():
+    sample = Sample("GEMM", "TFLOP/s", 1, (Place("n0", 5, id="0000:9a:00"),), right=False)
+    wrong, _ = judge_nodes([sample], 0, 0.7)
+    assert wrong.bad == {"n0": ["GPU 5 (0000:9a:00): GEMM: wrong data"]}
 
 
 def test_a_verdict_as_warnings():

@@ -313,6 +313,7 @@ def test_facts_of_amd_gpus(tmp_path):
     [
         ("echo 143771; echo 143771", [143771 << 20] * 2, ""),
         ("echo Unable to determine the device handle; exit 15", [], "nvidia-smi: Unable to determine"),
+        ("echo 81559; echo '[GPU is lost]'", [], "nvidia-smi: 81559 [GPU is lost]"),
         ("sleep 60", [], "has not answered in"),
     ],
 )
