@@ -24,12 +24,8 @@ from megatsp.preflight.node_names import expand
 
 _TASK_ENDED = re.compile(r"(?:srun|slurmstepd)(?:-\S+)?: error: (\S+: tasks? .*|Node failure.*)")
 _LOST = re.compile(r".*?error: (?:Task launch for \S+ failed on node (\S+?):|Node failure on (\S+))")
-_ENDS_OTHERS = (
-    "Terminating StepId",
-    "Job step aborted",
-    "CANCELLED AT",
-    "Node failure",
-)  # what follows, srun did
+# From any of these on, tasks end because others did.
+_ENDS_OTHERS = ("Terminating StepId", "Job step aborted", "CANCELLED AT", "Node failure")
 CANCEL = "cancel"  # the file in a job's folder that says that it is not to come back
 
 

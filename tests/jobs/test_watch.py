@@ -77,6 +77,14 @@ def test_jobs_of_both_ways_of_submission_are_found(run: Path) -> None:
     assert jobs_of(run) == ["7", "9", "12"]
 
 
+def test_a_slurm_that_does_not_answer_is_named(run: Path, capsys, monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/bash\nexec /bin/sleep 20\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setattr("megatsp.jobs.find._PATIENCE_S", 0.2)
+    assert cli.main(["launch", "status", str(run)]) == 2
+    assert "Slurm does not answer: scontrol took longer than 0.2 s" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["status", "cancel"])
 def test_what_needs_slurm_says_so(run: Path, capsys, command) -> None:
     assert cli.main(["launch", command, str(run)]) == 2
