@@ -129,6 +129,16 @@ def test_a_step_asks_for_no_more_cores_than_every_node_has(fake: Fake, variables
         assert f"--cpus-per-task={count} " in line and "--distribution=block:block " in line
 
 
+@pytest.mark.parametrize("key", ["launch.slurm.time=1:00:00", "launch.nodes=4", "++launch.slurm.qos=high"])
+def test_plain_sbatch_refuses_what_its_lines_say(key: str) -> None:
+    file = ROOT / "launch" / "pretrain.sbatch"
+    result = subprocess.run(
+        ["bash", file, "optimizer.lr=1e-4", key], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"{key}: this job has its nodes and limits from #SBATCH lines")
+
+
 def test_a_node_without_an_address_is_called_by_its_name(fake: Fake) -> None:
     assert fake.run("launch.nodes=1", "launch.spare_nodes=1", NODES="n2,n1").returncode != 2
     assert "--address n2:" in fake.calls("srun")[0]
