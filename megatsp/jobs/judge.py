@@ -13,20 +13,18 @@ Got nowhere: no new checkpoint. `again` starts in the same allocation; requeue g
 another.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatsp.exit_status import FAILURE, HARDWARE, INTERRUPTED, NOT_SAVED, REQUEUE, USER_ERROR
 from megatsp.jobs.attempts import Attempt
-from megatsp.launcher.failures import Failure
+from megatsp.launcher.failures import Failure, kind
 
 _FINAL = {
     USER_ERROR: "a mistake that another attempt would repeat",
     NOT_SAVED: "the last checkpoint could not be written: make room before you start again",
     INTERRUPTED: "it was interrupted",
 }
-_CHANGING = re.compile(r"0x[0-9a-f]+|\d+(?:[-,.]\d+)*", re.IGNORECASE)  # ranks, sizes, addresses
 # Slurm's words for a job's state.
 CANCELLED = "CANCELLED"
 ITS_OWN = ("RUNNING", "COMPLETING", "TIMEOUT", "")  # in which the job may still say what comes next
@@ -125,7 +123,7 @@ def judge(end: End, before: Sequence[Attempt], now: Attempt, limits: Limits) -> 
 
     gone = f"without {', '.join(away)}" if away else ""
     last = before[-1] if before else None
-    same = last is not None and _kind(last.cause) == _kind(cause)
+    same = last is not None and kind(last.cause) == kind(cause)
     if last and same and not has_saved and not last.has_saved and not known & {*now.nodes}:
         return Verdict("stop", "the same failure twice in a row, without a new checkpoint", cause, status)
     in_a_row = _in_a_row(before) if not has_saved else 0
@@ -180,11 +178,6 @@ def _cause(end: End, failed: Sequence[Failure]) -> str:
     if end.status == 0 and end.has_run and not end.is_complete and not end.asked and not end.outcomes:
         return "no rank says that all is done"
     return f"no rank says why it ended; exit status {end.status}" if end.status else ""
-
-
-def _kind(cause: str) -> str:
-    """What the same failure of another rank, at another time, has in common with it."""
-    return _CHANGING.sub("#", cause).replace("tasks", "task")
 
 
 def _in_a_row(before: Sequence[Attempt]) -> int:
