@@ -60,7 +60,7 @@ trap 'heed TERM' TERM # preemption
 # Runs a step, and heeds signals meanwhile; srun.log is what the last one said.
 run() {
     local status copy said
-    exec {said}> >(tee "$attempt/srun.log" >&2)
+    exec {said}> >(trap '' TERM USR1 && exec tee "$attempt/srun.log" >&2)
     copy=$!
     "$@" 2>&"$said" {said}>&- &
     step=$!
@@ -124,7 +124,7 @@ choose_nodes() {
     fi
     local found=0
     roll_call "$attempt/live.txt" || found=$?
-    if [[ ! -e $attempt/roll_call.json && ! $asked ]] && (($(wc -l <"$attempt/live.txt") > 1)); then
+    if [[ ! -e $attempt/roll_call.json && ! $asked ]] && ((found != 2 && $(wc -l <"$attempt/live.txt") > 1)); then
         # Nobody called the roll: the first node did not, and is refused if the next one can.
         tail -n +2 "$attempt/live.txt" >"$attempt/others.txt"
         say "no roll call from $(head -n 1 "$attempt/live.txt"): once more without it"
