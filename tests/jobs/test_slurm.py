@@ -259,7 +259,7 @@ def test_cancelling_saves_and_does_not_come_back(start, slurm: Cluster) -> None:
 
 
 def test_plain_sbatch_does_the_same(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tmp_path}/job.log"]
+    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={tmp_path}/job.log"]
     more = (
         "launch.preflight=quick",
         "launch.device=cpu",
@@ -284,6 +284,10 @@ def test_plain_sbatch_does_the_same(slurm: Cluster, corpus: Path, tmp_path: Path
     [
         (["launch.slurm.partition=nope"], "invalid partition specified: nope"),
         (["launch.nodes=8", "trainer.global_batch_size=16"], "Batch job submission failed"),
+        (
+            ["launch.slurm.gpu_request=none", "launch.slurm.options=['--gpus-per-node=9']"],
+            "Batch job submission failed: Requested node configuration is not available",
+        ),
         (["launch.slurm.partition=short", "launch.slurm.time=5:00:00"], "Batch job submission failed"),
     ],
 )
