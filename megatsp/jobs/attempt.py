@@ -90,6 +90,7 @@ def _end(given: Namespace) -> tuple[str, str]:
     probe.unlink()
     outcomes = read_outcomes(folder)
     words = _Words.of(folder / "srun.log")
+    is_called = (folder / ROLL_CALL).is_file()  # and so all nodes can run something
     lost = {*given.down.split(), *words.lost}
     chosen = folder / NODES
     used = {*(read_names(chosen) if given.ran and chosen.is_file() else now.nodes)}
@@ -100,13 +101,14 @@ def _end(given: Namespace) -> tuple[str, str]:
         is_done(folder),
         outcomes,
         words.ended,
-        words.alone if (folder / ROLL_CALL).is_file() else "",
+        words.alone if is_called else "",
         given.asked,
         given.state,
         is_cancelled=(given.job / CANCEL).exists(),
         down=[name for name in now.nodes if name in lost & used],
         unfit=[name for name in now.nodes if name in unfit and name not in lost & used],
         iteration=_newest(given),
+        was_killed=is_called and words.was_killed,
     )
     limits = Limits(given.nodes, given.restarts, given.backoff_s, given.requeues, given.has_own_limit)
     verdict = judge(end, attempts[:-1], now, limits)
@@ -143,20 +145,25 @@ def _unfit(folder: Path, nodes: Sequence[str]) -> set[str]:
 class _Words:
     """What srun said: of tasks that ended badly, first things first; of nodes that are lost.
 
-    alone: the node whose tasks ended badly before srun ended the others; "" where there were several.
+    alone: the node whose tasks ended badly before srun ended the others, by a signal if any did (was_killed);
+    "" where there were several.
     """
 
     ended: list[str]
     lost: set[str]
     alone: str
+    was_killed: bool
 
     @classmethod
     def of(cls, log: Path) -> "_Words":
         lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
         own = list(takewhile(lambda line: not any(text in line for text in _ENDS_OTHERS), lines))
-        hosts = {host for text in _matched(_TASK_ENDED, own) for host in expand(text.partition(":")[0])}
+        first = _matched(_TASK_ENDED, own)
+        killed = [text for text in first if "Exited with exit code" not in text]
+        hosts = {host for text in killed or first for host in expand(text.partition(":")[0])}
+        alone = hosts.pop() if len(hosts) == 1 else ""
         lost = {host for text in _matched(_LOST, lines) for host in expand(text)}
-        return cls(_matched(_TASK_ENDED, lines), lost, hosts.pop() if len(hosts) == 1 else "")
+        return cls(_matched(_TASK_ENDED, lines), lost, alone, bool(alone and killed))
 
 
 def _matched(pattern: re.Pattern[str], lines: Sequence[str]) -> list[str]:

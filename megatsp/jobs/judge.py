@@ -51,9 +51,10 @@ class End:
     status: of the step, or of what failed before it. has_run: what the job is for was started. is_complete:
     it said that all is done. outcomes: of its ranks, the cause first. said: what srun said of its tasks, the
     cause first, for ranks that could say nothing. alone: the node whose tasks ended badly by themselves, if
-    it was one only. asked: the signal by which Slurm asked it to end, or "". state: of the job, as Slurm
-    calls it. down: nodes that it ran on and that are lost, or on which no task started. unfit: those that the
-    preflight refused, and spare ones that are lost. iteration: of the newest checkpoint.
+    it was one only; was_killed: by a signal. asked: the signal by which Slurm asked it to end, or "". state:
+    of the job, as Slurm calls it. down: nodes that it ran on and that are lost, or on which no task started.
+    unfit: those that the preflight refused, and spare ones that are lost. iteration: of the newest
+    checkpoint.
     """
 
     status: int
@@ -68,6 +69,7 @@ class End:
     down: Sequence[str]
     unfit: Sequence[str]
     iteration: int
+    was_killed: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,11 @@ def judge(end: End, before: Sequence[Attempt], now: Attempt, limits: Limits) -> 
     if not failed and not end.down and end.status == USER_ERROR:
         return Verdict("stop", _FINAL[USER_ERROR], cause, status)
 
-    accused = [one.host for one in failed if one.status == HARDWARE and one.host]
-    # It could say nothing; but two in a row that die alike are no matter of nodes.
-    silent = [end.alone] if end.alone and not end.has_run and not failed and status != HARDWARE else []
+    # Who died first could say nothing; but two in a row that die alike are no matter of nodes.
+    is_silent = end.alone and not end.has_run and (end.was_killed or not (failed or status == HARDWARE))
+    silent = [end.alone] if is_silent else []
+    # What others raise where a rank was killed accuses the wrong ones.
+    accused = [] if silent else [one.host for one in failed if one.status == HARDWARE and one.host]
     known = {*end.down, *end.unfit, *accused}
     away = tuple(name for name in now.nodes if name in {*known, *silent})
     too_few = len(now.nodes) - len(away) < limits.nodes
@@ -169,6 +173,8 @@ def _cause(end: End, failed: Sequence[Failure]) -> str:
     """What failed, in a line."""
     if end.down:
         return f"lost {', '.join(end.down)}"
+    if end.was_killed and not end.has_run:
+        return end.said[0]
     if failed:
         return f"rank {failed[0].rank}: {failed[0].headline.splitlines()[0]}"
     if end.unfit and end.status == HARDWARE:

@@ -242,6 +242,17 @@ def test_a_node_whose_preflight_dies_is_kept_off(script: Script, says_itself: bo
     assert read_attempts(script.job)[1].nodes == ("n0", "n2")
 
 
+def test_a_killed_rank_explains_what_others_exit_with(script: Script) -> None:
+    script.begin()
+    script.call_the_roll(0, "n0", "n1", "n2")
+    write_outcome(folder_of(script.job, 0), Failure(0, HARDWARE, "Connection closed", TRACEBACK, host="n0"))
+    script.srun_says(
+        0, "srun: error: n0: task 0: Exited with exit code 77", "srun: error: n1: task 1: Out Of Memory"
+    )
+    script.end(0, "--status", "137")
+    assert read_attempts(script.job)[0].away == ("n1",)
+
+
 def test_nodes_that_die_together_are_not_suspected(script: Script) -> None:
     script.begin()
     script.call_the_roll(0, "n0", "n1", "n2")

@@ -204,6 +204,12 @@ def test_a_node_whose_preflight_dies_is_replaced_or_named(end: End) -> None:
     assert (later.action, later.away) == ("requeue", ("n1",))
 
 
+def test_what_the_peers_of_a_killed_rank_raise_accuses_nobody() -> None:
+    raised = Failure(0, HARDWARE, "n0: product: Connection closed by peer", "Traceback", host="n0")
+    found = verdict(replace(DIED, outcomes=(raised,), was_killed=True))
+    assert (found.action, found.away, found.cause) == ("again", ("n1",), "n1: task 3: Segmentation fault")
+
+
 def test_a_preflight_that_dies_alike_on_two_nodes_is_no_matter_of_nodes() -> None:
     found = verdict(DIED, {"cause": "n2: task 5: Segmentation fault", "away": ("n2",)})
     assert found.action == "stop" and "same failure twice" in found.why

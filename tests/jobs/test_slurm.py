@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from runs import ROOT, losses, overrides, train_on_ranks, write_corpus
 from safetensors.numpy import load_file
-from slurm import Cluster, cluster, ranks_of, signal_ranks
+from slurm import Cluster, cluster, ranks_of, signal_ranks, tasks_on
 from wandb_files import all_rows
 
 from megatsp.jobs.attempts import Attempt, read_attempts
@@ -219,6 +219,19 @@ def test_a_spare_node_takes_the_place_of_a_lost_one(start, slurm: Cluster) -> No
     first, last = run.attempts
     assert (first.action, first.away) == ("again", (lost,))
     assert (last.action, last.restart, lost in last.nodes) == ("done", 0, False)
+
+
+@pytest.mark.slow
+def test_a_node_whose_preflight_dies_is_replaced(start, slurm: Cluster) -> None:
+    run = start("launch.spare_nodes=1", "launch.preflight=full", "launch.restart_backoff_s=0")
+    slurm.wait(lambda: run.job_folder.is_dir() and run.attempts, "the attempt")
+    node = run.attempts[0].nodes[1]
+    slurm.wait(lambda: tasks_on(node, "megatsp", "preflight"), "the preflight")
+    os.kill(max(tasks_on(node, "megatsp", "preflight")), signal.SIGSEGV)
+    assert slurm.finish(run.job) == "COMPLETED", run.log
+    first, last = run.attempts
+    assert (first.action, first.away) == ("again", (node,)), first
+    assert (last.action, node in last.nodes) == ("done", False)
 
 
 def test_the_same_death_twice_stops_the_job_with_the_reason(start, slurm: Cluster) -> None:
