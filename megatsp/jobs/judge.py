@@ -110,16 +110,14 @@ def judge(end: End, before: Sequence[Attempt], now: Attempt, limits: Limits) -> 
     if not failed and not end.down and end.status == USER_ERROR:
         return Verdict("stop", _FINAL[USER_ERROR], cause, status)
 
-    # Who died first could say nothing; but two in a row that die alike are no matter of nodes.
-    is_silent = end.alone and not end.has_run and (end.was_killed or not (failed or status == HARDWARE))
-    silent = [end.alone] if is_silent else []
+    silent = _died_silently(end, failed)
     # What others raise where a rank was killed accuses the wrong ones.
-    accused = [] if silent else [one.host for one in failed if one.status == HARDWARE and one.host]
+    accused = {one.host for one in failed if one.status == HARDWARE} if not silent else set()
     known = {*end.down, *end.unfit, *accused}
-    away = tuple(name for name in now.nodes if name in {*known, *silent})
+    away = tuple(name for name in now.nodes if name in known | silent)
     too_few = len(now.nodes) - len(away) < limits.nodes
     is_first_preflight = not end.has_run and not end.down and not end.asked and not before
-    if is_first_preflight and ((not failed and status == HARDWARE) or (too_few and (accused or silent))):
+    if is_first_preflight and ((not failed and status == HARDWARE) or (too_few and accused | silent)):
         why = "the preflight found too few nodes that are fit"
         return Verdict("stop", f"{why}; not {', '.join(away)}" if away else why, cause, HARDWARE, away=away)
     if in_order or (end.asked and not end.down):
@@ -128,6 +126,7 @@ def judge(end: End, before: Sequence[Attempt], now: Attempt, limits: Limits) -> 
     gone = f"without {', '.join(away)}" if away else ""
     last = before[-1] if before else None
     same = last is not None and kind(last.cause) == kind(cause)
+    # Two that die alike in silence are no matter of nodes.
     if last and same and not has_saved and not last.has_saved and not known & {*now.nodes}:
         return Verdict("stop", "the same failure twice in a row, without a new checkpoint", cause, status)
     in_a_row = _in_a_row(before) if not has_saved else 0
@@ -139,6 +138,12 @@ def judge(end: End, before: Sequence[Attempt], now: Attempt, limits: Limits) -> 
     pause_s = min(300.0, limits.backoff_s * 2.0**in_a_row)
     why = f"it starts again {gone + ' ' if gone else ''}in {pause_s:g} s"
     return Verdict("again", why, cause, status, pause_s, away)
+
+
+def _died_silently(end: End, failed: Sequence[Failure]) -> set[str]:
+    """The node on which a preflight died before it could say anything, if it was one."""
+    others_know = failed or end.status == HARDWARE
+    return {end.alone} - {""} if not end.has_run and (end.was_killed or not others_know) else set()
 
 
 def _after_good_order(
