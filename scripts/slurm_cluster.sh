@@ -102,6 +102,8 @@ SwitchType=switch/none
 MpiDefault=none
 GresTypes=gpu
 JobRequeue=1
+# Ports of jobs are made of their numbers: not the same ones in two clusters of this host.
+FirstJobId=$((RANDOM % 500 + 1))
 EnforcePartLimits=ALL
 # A host that plays many nodes may take a minute to answer for one of them.
 MessageTimeout=60
