@@ -33,8 +33,11 @@ state() { # while a job ends, Slurm says so, and of a time limit alone why; or t
         echo CANCELLED
     fi
 }
-# What the job has now: Slurm takes lost nodes away from a job with --no-kill.
-allocated() { scontrol show hostnames "$(scontrol show job "$id" --oneliner | word NodeList)" | tr '\n' ' '; }
+allocated() { # by now: Slurm takes lost nodes away from a job with --no-kill
+    local found
+    found=$(scontrol show job "$id" --oneliner | word NodeList)
+    scontrol show hostnames "${found:-$SLURM_JOB_NODELIST}" | tr '\n' ' '
+}
 address() {
     local found
     found=$(scontrol show node "$1" --oneliner | word NodeAddr)

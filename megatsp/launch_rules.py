@@ -135,7 +135,7 @@ def _option_errors(option: str, launch: LaunchConfig) -> Iterator[str]:
     for name, value in given:
         if (instead := set_by_script(name, value, launch)) is not None:
             use = f"use {instead}" if instead else "leave it out"
-            yield f"launch.slurm.options: {option}: the job's script says that already; {use}"
+            yield f"launch.slurm.options: {option} contradicts the job's script; {use}"
 
 
 def _seconds(time: str) -> int:
