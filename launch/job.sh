@@ -2,33 +2,54 @@
 # The body of every job: `megatsp launch slurm` puts it below the head that it makes of the configuration.
 #
 # The head sets name, folder, run, nodes, nproc, tasks, mesh, preflight, port, restarts, backoff_s, requeues,
-# device, python, and the arrays container and command. Bash does what takes Slurm's commands; what
+# own_limit, device, python, and the arrays container and command. Bash does what takes Slurm's commands; what
 # follows an attempt, `python -m megatsp.jobs.attempt` decides (megatsp/jobs/judge.py).
 set -uo pipefail
 export PYTHONUNBUFFERED=1 MEGATSP_NPROC=$nproc
 
 job=$folder/job_$SLURM_JOB_ID
+# As Slurm's commands take it: the plain number of an array's last task means the whole array to them.
+id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+id=${id:-$SLURM_JOB_ID}
 first_port=$((port ? port : 15000 + SLURM_JOB_ID * 30 % 15000))
 asked= # the signal by which Slurm asked the job to end
 step=  # the process of the step that runs
 
 say() { echo "megatsp: $(date +%H:%M:%S): $*"; }
 inside() { "${container[@]}" "$python" -m "$@"; }
-state() { # while a job ends, Slurm says so, and of a time limit alone why
-    local found
-    found=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' \(JobState\|Reason\)=[^ ]*' | tr -d '\n')
-    case $found in
-    *COMPLETING*TimeLimit*) echo TIMEOUT ;;
-    *COMPLETING*) echo CANCELLED ;;
-    *) found=${found#* JobState=} && echo "${found%% *}" ;;
-    esac
+word() { grep -o " $1=[^ ]*" | cut -d= -f2- | head -n 1; } # of a line of scontrol's
+state() { # while a job ends, Slurm says so, and of a time limit alone why; or that it requeued the job itself
+    local said restarts state
+    said=$(scontrol show job "$id" --oneliner)
+    restarts=$(word Restarts <<<"$said")
+    state=$(word JobState <<<"$said")
+    if ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0})); then
+        echo REQUEUED
+    elif [[ $state != COMPLETING ]]; then
+        echo "$state"
+    elif [[ $(word Reason <<<"$said") == TimeLimit ]]; then
+        echo TIMEOUT
+    else
+        echo CANCELLED
+    fi
 }
-address() { scontrol show node "$1" --oneliner | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2; }
-down() { sinfo --noheader --Node --states=down,fail,no_respond --format=%N | sort -u | tr '\n' ' '; }
+allocated() { # by now: Slurm takes lost nodes away from a job with --no-kill
+    local found
+    found=$(scontrol show job "$id" --oneliner | word NodeList)
+    scontrol show hostnames "${found:-$SLURM_JOB_NODELIST}" | tr '\n' ' '
+}
+address() {
+    local found
+    found=$(scontrol show node "$1" --oneliner | word NodeAddr)
+    echo "${found:-$1}"
+}
+down() {
+    sinfo --noheader --all --Node --nodes="$SLURM_JOB_NODELIST" --states=down,fail --format=%N | sort -u | tr '\n' ' '
+}
 
 heed() { # passes a signal on to the ranks, as a request to save and to end
     heard=yes
-    asked=$1
+    asked=${asked:-$1} # the first one says why
     [[ -n $step ]] || return
     if [[ $1 == TERM && $(state) == TIMEOUT ]]; then # they were not done in time: Slurm kills them, and this script
         kill -KILL "$step" 2>/dev/null
@@ -41,18 +62,38 @@ trap 'heed TERM' TERM # preemption
 
 # Runs a step, and heeds signals meanwhile; srun.log is what the last one said.
 run() {
-    local status
-    "$@" 2> >(tee "$attempt/srun.log" >&2) &
+    local status copy said
+    exec {said}> >(trap '' TERM USR1 && exec tee "$attempt/srun.log" >&2)
+    copy=$!
+    "$@" 2>&"$said" {said}>&- &
     step=$!
+    exec {said}>&-
     [[ ! $asked ]] || kill -USR1 "$step" 2>/dev/null # it came while the step was made
+    ended "$step"
+    status=$?
+    step=
+    ended "$copy"
+    return "$status"
+}
+
+# Waits for a process, also where a signal is heard meanwhile; returns its status.
+ended() {
+    local status
     while :; do
         heard=
-        wait "$step"
+        wait "$1"
         status=$?
-        [[ $heard ]] || break
+        [[ $heard ]] || return "$status"
     done
-    step=
-    return "$status"
+}
+
+# Cores that every node has for the job: Slurm lists them as 8(x2),4.
+cores() {
+    if [[ ${SLURM_CPUS_PER_TASK:-} ]]; then
+        echo $((SLURM_CPUS_PER_TASK * nproc))
+    else
+        sed 's/([^)]*)//g; s/,/\n/g' <<<"$SLURM_JOB_CPUS_PER_NODE" | sort -n | head -n 1
+    fi
 }
 
 # Runs a command on the nodes that a file lists, in so many tasks each. The first that fails ends all others,
@@ -61,24 +102,37 @@ on_nodes() { # FILE TASKS [--wait=SECONDS] COMMAND...
     local file=$1 tasks=$2 together=(--kill-on-bad-exit=1)
     shift 2
     [[ $1 != --wait=* ]] || { together=(--kill-on-bad-exit=0 "$1") && shift; }
-    local cores=$((SLURM_CPUS_ON_NODE / tasks))
+    local cores
+    cores=$(($(cores) / tasks))
     run srun --nodes="$(wc -l <"$file")" --nodelist="$(paste -sd, "$file")" --ntasks-per-node="$tasks" \
         --ntasks=$(($(wc -l <"$file") * tasks)) --cpus-per-task=$((cores ? cores : 1)) \
-        --distribution=block "${together[@]}" --no-kill=off --export=ALL "${container[@]}" "$python" -m "$@"
+        --distribution=block:block "${together[@]}" --no-kill=off --export=ALL "${container[@]}" "$python" -m "$@"
+}
+
+# Asks the nodes that a file lists whether they are there and fit; writes roll_call.json and, of enough nodes,
+# nodes.txt.
+roll_call() { # FILE
+    local needed=(--nodes "$nodes" --ranks-per-node "$nproc" --mesh "$mesh" --folder "$attempt")
+    [[ $device == cpu ]] || needed+=(--devices)
+    meet_at "$1" 0
+    on_nodes "$1" "$nproc" --wait=420 megatsp.preflight.roll_call --timeout 300 \
+        --address "$MASTER_ADDR:$MASTER_PORT" "${needed[@]}"
 }
 
 # Chooses the nodes of an attempt; nodes.txt lists them.
 choose_nodes() {
-    local needed=(--nodes "$nodes" --ranks-per-node "$nproc" --mesh "$mesh" --folder "$attempt")
     if [[ $preflight == none ]]; then
         head -n "$nodes" "$attempt/live.txt" >"$attempt/nodes.txt"
         return
     fi
-    [[ $device == cpu ]] || needed+=(--devices)
-    meet_at "$attempt/live.txt" 0
     local found=0
-    on_nodes "$attempt/live.txt" "$nproc" --wait=420 megatsp.preflight.roll_call --timeout 300 \
-        --address "$MASTER_ADDR:$MASTER_PORT" "${needed[@]}" || found=$?
+    roll_call "$attempt/live.txt" || found=$?
+    if [[ ! -e $attempt/roll_call.json && ! $asked ]] && ((found != 2 && $(wc -l <"$attempt/live.txt") > 1)); then
+        # Nobody called the roll: the first node did not, and is refused if the next one can.
+        tail -n +2 "$attempt/live.txt" >"$attempt/others.txt"
+        say "no roll call from $(head -n 1 "$attempt/live.txt"): once more without it"
+        roll_call "$attempt/others.txt" || found=$?
+    fi
     # What it wrote counts, and not what became of the tasks of bad nodes.
     [[ -s $attempt/nodes.txt ]] || return "$((found ? found : 1))"
     if [[ $preflight == full && ! $asked ]]; then
@@ -113,22 +167,22 @@ train() {
 requeue() { # NODES to keep off, or -
     trap '' TERM USR1
     local off
-    off=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2)
+    off=$(scontrol show job "$id" --oneliner | word ExcNodeList)
     off=$(printf '%s\n' "${off#(null)}" "${1#-}" | grep . | paste -sd,)
     [[ ! -e $job/cancel ]] || exit 130
-    scontrol requeue "$SLURM_JOB_ID" || { say "Slurm did not requeue the job: start it again yourself"; exit 75; }
+    scontrol requeue "$id" || { say "Slurm did not requeue the job: start it again yourself"; exit 75; }
     # While Slurm clears up after a lost node it takes no changes: the next start looks at its nodes itself.
-    [[ ${1#-} == '' ]] || timeout 5 scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$off"
+    [[ ${1#-} == '' ]] || timeout 5 scontrol update JobId="$id" ExcNodeList="$off"
     exit 75
 }
 
 say "job $SLURM_JOB_ID ($name), start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"
 known=(--job "$job" --number "$SLURM_JOB_ID" --run "$run" --nodes "$nodes" --restarts "$restarts"
-    --backoff-s "$backoff_s" --requeues "$requeues" --restart "${SLURM_RESTART_COUNT:-0}")
+    --backoff-s "$backoff_s" --requeues "$requeues" --restart "${SLURM_RESTART_COUNT:-0}"
+    ${own_limit:+--has-own-limit})
 while :; do
     read -r action answer < <(
-        inside megatsp.jobs.attempt begin "${known[@]}" --down "$(down)" \
-            --allocated "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')"
+        inside megatsp.jobs.attempt begin "${known[@]}" --down "$(down)" --allocated "$(allocated)"
     )
     if [[ $action == go ]]; then
         attempt=$answer
@@ -138,9 +192,12 @@ while :; do
         ran=
         if [[ ! $asked && $status == 0 ]]; then
             ran=--ran
-            [[ ${command[0]} == preflight ]] || train || status=$?
+            if [[ ${command[0]} == preflight ]]; then
+                touch "$attempt/done"
+            else
+                train || status=$?
+            fi
         fi
-        sleep 0.1 # what srun said last may still be on its way into its log
         read -r action answer < <(
             inside megatsp.jobs.attempt end "${known[@]}" --down "$(down)" --state "$(state)" \
                 --attempt "$number" --status "$status" --asked "$asked" ${ran:+"$ran"}

@@ -301,7 +301,10 @@ def _join(environment: MutableMapping[str, str]) -> bool:
     For a task of srun it sets torchrun's variables; a batch script, which has no step, is no task.
     """
     if "RANK" not in environment:
-        if "SLURM_STEP_ID" not in environment or int(environment.get("SLURM_NTASKS", "1")) < 2:
+        is_ours = "MEGATSP_NPROC" in environment  # a job of `megatsp launch`, which may have one rank
+        if "SLURM_STEP_ID" not in environment:
+            return False
+        if int(environment.get("SLURM_NTASKS", "1")) < 2 and not is_ours:
             return False
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in environment:

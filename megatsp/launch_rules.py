@@ -4,19 +4,35 @@ import re
 import shlex
 from collections.abc import Iterator
 
-from megatsp.cluster.profiles import is_path, load_profile
+from megatsp.cluster.profiles import SECRET, is_path, load_profile
 from megatsp.schema import LaunchConfig, SlurmConfig
 
-# In the name of a variable; and in what a variable may hold: keys of Hugging Face and W&B.
-SECRET = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH)", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\bhf_\w{20,}|wandb login +[^-\s]|\b[0-9a-f]{40}\b")
-# What a job's script says itself: by which key, or that it must be so.
+# What a secret's own text looks like: keys of Hugging Face and W&B.
+_SECRET_VALUE = re.compile(r"\bhf_\w{20,}|wandb login +\"?[^-\s\"$`]|\b[0-9a-f]{40}\b")
+_ASSIGNED = re.compile(r"(\w+)=\"?(?=[^\s\"$`])")  # what the shell expands is not in the text
+# What a job's script says itself: by which key, or "" for what must be so.
 _OURS = {
     "--output": "", "--error": "", "--open-mode": "", "--requeue": "", "--no-requeue": "", "--no-kill": "",
-    "--chdir": "", "--signal": "launch.slurm.signal_s", "--nodes": "launch.nodes",
-    "--ntasks-per-node": "launch.nproc", "--ntasks": "launch.nproc", "--time": "launch.slurm.time",
-    "--partition": "launch.slurm.partition", "--account": "launch.slurm.account", "--array": "--array",
-    "--dependency": "--after", "--exclude": "launch.slurm.exclude", "--job-name": "name",
+    "--chdir": "", "--wrap": "", "--signal": "launch.slurm.signal_s", "--nodes": "launch.nodes",
+    "--ntasks-per-node": "launch.nproc", "--ntasks": "launch.nproc", "--ntasks-per-gpu": "launch.nproc",
+    "--gpus": "launch.nproc", "--gpus-per-task": "launch.nproc", "--gpus-per-socket": "launch.nproc",
+    "--cpus-per-task": "launch.slurm.cpus_per_rank", "--cpus-per-gpu": "launch.slurm.cpus_per_rank",
+    "--time": "launch.slurm.time", "--partition": "launch.slurm.partition",
+    "--account": "launch.slurm.account", "--qos": "launch.slurm.qos",
+    "--constraint": "launch.slurm.constraint", "--reservation": "launch.slurm.reservation",
+    "--exclude": "launch.slurm.exclude", "--exclusive": "launch.slurm.exclusive",
+    "--oversubscribe": "launch.slurm.exclusive", "--array": "--array", "--dependency": "--after",
+    "--job-name": "name",
+}  # fmt: skip
+# And what else it says, or cannot bear, in some jobs.
+_GPUS = ("--gpus-per-node", "--gres")
+_MEMORY = ("--mem", "--mem-per-cpu", "--mem-per-gpu")
+_EXPORT = ("--export", "--export-file", "--get-user-env")
+_SHORT = {
+    "-A": "--account", "-C": "--constraint", "-D": "--chdir", "-G": "--gpus", "-J": "--job-name",
+    "-N": "--nodes", "-a": "--array", "-c": "--cpus-per-task", "-d": "--dependency", "-e": "--error",
+    "-k": "--no-kill", "-n": "--ntasks", "-o": "--output", "-p": "--partition", "-q": "--qos",
+    "-s": "--oversubscribe", "-t": "--time", "-x": "--exclude",
 }  # fmt: skip
 # Minutes, minutes:seconds, hours:minutes:seconds, and days-hours with or without the others.
 _SLURM_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
@@ -30,6 +46,8 @@ def launch_errors(launch: LaunchConfig) -> Iterator[str]:
         except ValueError as error:
             yield f"launch.profile: {error}"
     yield from _script_errors(launch.slurm)
+    for option in launch.slurm.options:
+        yield from _option_errors(option, launch)
     for text in [*launch.slurm.setup, *launch.slurm.options, launch.slurm.container]:
         if name := secret_set_in(text):
             yield (
@@ -40,10 +58,43 @@ def launch_errors(launch: LaunchConfig) -> Iterator[str]:
 
 def secret_set_in(text: str) -> str:
     """The name of the secret that a command or an option gives a value to; "" if it gives none."""
-    match = re.search(rf"(\w*{SECRET.pattern}\w*)=[^$\s]", text, re.IGNORECASE)
-    if match:
-        return match[1]
+    for match in _ASSIGNED.finditer(text):
+        if SECRET.search(match[1]):
+            return match[1]
     return "a key" if _SECRET_VALUE.search(text) else ""
+
+
+def options_set(text: str) -> list[tuple[str, str]]:
+    """(name, value or "") of the options of sbatch in a text; long names of the short ones in a rule."""
+    words = shlex.split(text)
+    found = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+        elif word.startswith("-"):
+            name, value = _SHORT.get(word[:2], word[:2]), word[2:]
+        else:
+            continue
+        found.append((name, value or ("" if following.startswith("-") else following)))
+    return found
+
+
+def set_by_script(name: str, value: str, launch: LaunchConfig) -> str | None:
+    """How to say in a job what this option of sbatch does; "" if it must be left out, None if it may stay."""
+    known = (*_OURS, *_GPUS, *_MEMORY, *_EXPORT)
+    if name not in known:  # sbatch takes the beginning of a name too
+        name = next((full for full in known if len(name) > 4 and full.startswith(name)), name)
+    if name in _OURS:
+        return _OURS[name]
+    slurm = launch.slurm
+    asks = launch.device != "cpu" and slurm.gpu_request != "none"
+    if name in _GPUS and asks and (name != "--gres" or "gpu" in value or slurm.gpu_request == "gres"):
+        return "launch.nproc, or launch.slurm.gpu_request=none and this"
+    if name in _MEMORY and slurm.exclusive:
+        return "launch.slurm.exclusive=false and this"
+    if name in _EXPORT and value.partition(",")[0] != "ALL":
+        return ""  # a job gets the environment, keys included
+    return None
 
 
 def _script_errors(slurm: SlurmConfig) -> Iterator[str]:
@@ -63,12 +114,6 @@ def _script_errors(slurm: SlurmConfig) -> Iterator[str]:
         )
     if 0 < slurm.port < 1024:
         yield f"launch.slurm.port={slurm.port}: must be 0, or at least 1024"
-    for option in slurm.options:
-        if not re.fullmatch(r"--?[A-Za-z][^\n]*", option):
-            yield f"launch.slurm.options: {option!r} is no option of sbatch: write it as --name=value"
-        elif (name := re.split(r"[= ]", option)[0]) in _OURS:
-            instead = f"use {_OURS[name]}" if _OURS[name] else "leave it out"
-            yield f"launch.slurm.options: the job's script has {name} already; {instead}"
     for name in ("setup", "container"):
         given = getattr(slurm, name)
         if any("\n" in text for text in (given if isinstance(given, list) else [given])):
@@ -77,6 +122,20 @@ def _script_errors(slurm: SlurmConfig) -> Iterator[str]:
         shlex.split(slurm.container)
     except ValueError as error:
         yield f"launch.slurm.container={slurm.container}: {str(error).lower()}"
+
+
+def _option_errors(option: str, launch: LaunchConfig) -> Iterator[str]:
+    try:
+        given = options_set(option)
+    except ValueError:  # a quotation mark without its other
+        given = []
+    if not given or not re.fullmatch(r"--?[A-Za-z][^\n]*", option):
+        yield f"launch.slurm.options: {option!r} is no option of sbatch: write it as --name=value"
+        return
+    for name, value in given:
+        if (instead := set_by_script(name, value, launch)) is not None:
+            use = f"use {instead}" if instead else "leave it out"
+            yield f"launch.slurm.options: {option} contradicts the job's script; {use}"
 
 
 def _seconds(time: str) -> int:

@@ -419,7 +419,8 @@ class SlurmConfig:
     )
     gpu_request: str = key(
         "gpus-per-node",
-        "the option that asks for GPUs; none where nodes are given whole; with device=cpu none is asked for",
+        "the option that asks for GPUs; none only where Slurm does not manage GPUs, or options asks for "
+        "them; with device=cpu none is asked for",
         choices=("gpus-per-node", "gres", "none"),
     )
     cpus_per_rank: int = key(0, "cores a rank; 0: the cluster's default", "cores", within="[0, inf)")
@@ -427,7 +428,7 @@ class SlurmConfig:
     signal_s: int = key(
         300, "ask ranks to save and end so long before the time limit", "seconds", within="[10, 65535]"
     )
-    max_requeues: int = key(20, "times that the job may put itself back into the queue", within="[0, inf)")
+    max_requeues: int = key(20, "times that the job may go back into the queue", within="[0, inf)")
     port: int = key(
         0, "first of 30 ports at which ranks meet; 0: one made of the job's number", within="[0, 65000]"
     )

@@ -6,10 +6,11 @@
 #   bash scripts/slurm_cluster.sh stop FOLDER                   stops what `start` started, by process id
 #
 # Needs root on Debian or Ubuntu, where it installs slurm-wlm and munge if they are missing. Nodes are processes
-# of this host: CPUS may exceed its own, and memory is not counted. Partitions: all, and short (at most 1 minute).
+# of this host: CPUS may exceed its own, their 8 GPUs are a number only, and memory is not counted. Partitions: all,
+# and short (at most 1 minute).
 set -euo pipefail
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 fail() { echo "slurm_cluster: $*" >&2; exit 1; }
 
 install() {
@@ -99,7 +100,10 @@ ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
+GresTypes=gpu
 JobRequeue=1
+# Ports of jobs are made of their numbers: not the same ones in two clusters of this host.
+FirstJobId=$((RANDOM % 500 + 1))
 EnforcePartLimits=ALL
 # A host that plays many nodes may take a minute to answer for one of them.
 MessageTimeout=60
@@ -116,8 +120,10 @@ TreeWidth=65533
 PartitionName=DEFAULT Nodes=n[0-$((nodes - 1))] State=UP DefMemPerCPU=0
 PartitionName=all Default=YES MaxTime=1-00:00:00 DefaultTime=60
 PartitionName=short MaxTime=1 DefaultTime=1
-NodeName=n[0-$((nodes - 1))] NodeAddr=127.0.0.1 NodeHostname=$host Port=[$first-$((first + nodes - 1))] CPUs=$cpus State=UNKNOWN
+NodeName=n[0-$((nodes - 1))] NodeAddr=127.0.0.1 NodeHostname=$host Port=[$first-$((first + nodes - 1))] CPUs=$cpus Gres=gpu:8 State=UNKNOWN
 CONF
+    touch "$folder"/gpu{0..7} # Slurm counts files, and asks no more of a GPU
+    echo "Name=gpu File=$folder/gpu[0-7]" >"$folder/gres.conf"
     echo "export SLURM_CONF='$folder/slurm.conf'" >"$folder/env"
     export SLURM_CONF="$folder/slurm.conf"
     trap 'stop' ERR

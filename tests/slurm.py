@@ -127,6 +127,21 @@ def ranks_of(attempt: Path) -> list[int]:
     return found
 
 
+def tasks_on(node: str, *command: str) -> list[int]:
+    """Process ids of srun's tasks on a node that run `python -m` with this beginning of arguments."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes().split(b"\0")
+            arguments = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        is_there = f"SLURMD_NODENAME={node}".encode() in environment
+        if is_there and arguments[1 : 2 + len(command)] == [b"-m", *map(str.encode, command)]:
+            found.append(int(process.name))
+    return found
+
+
 def signal_ranks(attempt: Path, number: signal.Signals) -> None:
     for pid in ranks_of(attempt):
         os.kill(pid, number)

@@ -223,6 +223,9 @@ def test_one_task_or_a_batch_script_is_no_rank():
     assert not cli._join({})
     assert not cli._join({**SRUN, "SLURM_NTASKS": "1"})
     assert not cli._join({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"})
+    one = SRUN | {"SLURM_NTASKS": "1"}
+    assert not cli._join(dict(one))  # such as an interactive shell
+    assert cli._join(one | {"MEGATSP_NPROC": "1"})  # of a job of `megatsp launch`
 
 
 @pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT"])

@@ -51,6 +51,10 @@ def test_a_new_checkpoint_counts_anew():
 def test_the_same_error_twice_in_a_row_is_not_tried_again(capsys):
     assert Run(9).pauses(RAISED, OTHER, KILLED, OTHER, RAISED, RAISED) == [5, 10, 20, 40, 80, None]
     assert "not started again: the same error twice in a row" in capsys.readouterr().err
+    memory = [
+        Failure(rank, 1, f"OutOfMemoryError: GPU {rank}: no 1.{rank} GiB", "Traceback") for rank in (3, 5)
+    ]
+    assert Run(9).pauses(*memory) == [5, None]  # numbers change, and it is the same error
     run = Run(9)
     assert run.pauses(RAISED) == [5]
     run.newest = 1

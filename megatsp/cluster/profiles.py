@@ -17,7 +17,8 @@ from megatsp.nearest import did_you_mean
 NONE = "none"  # the profile that sets nothing
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"SECRET|PASSW|CREDENTIAL|(KEY|TOKEN)S?\d*(_|$)")
+# In the name of what holds a secret.
+SECRET = re.compile(r"SECRET|PASSW|CREDENTIAL|(KEY|TOKEN)S?\d*(_|$)|AUTH(_|$)", re.IGNORECASE)
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -144,7 +145,7 @@ def _variable(wrong: str, name: Any, given: Any) -> Variable:
     path = f"variables.{name}"
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"{wrong}: {path}: a variable's name has letters, digits and _")
-    if _SECRET.search(name.upper()):
+    if SECRET.search(name):
         raise ValueError(
             f"{wrong}: {path} looks like a secret, and profiles end up in job scripts and logs; set it in "
             "the shell that submits"

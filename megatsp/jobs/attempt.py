@@ -9,18 +9,23 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from megatsp.checkpoint.paths import LATEST, read_pointer
 from megatsp.exit_status import INTERRUPTED, REQUEUE, USER_ERROR
 from megatsp.jobs.attempts import Attempt, closed, folder_of, nodes_away, read_attempts, write_attempts
-from megatsp.jobs.judge import End, Limits, judge
-from megatsp.launcher.outcome import read_outcomes
+from megatsp.jobs.judge import End, Limits, is_time_limit, judge
+from megatsp.launcher.outcome import is_done, read_outcomes
 from megatsp.parser import Parser
-from megatsp.preflight.files import MEASURED, PRESENT, read_names, read_report
+from megatsp.preflight.files import MEASURED, NODES, ROLL_CALL, read_names, read_report
+from megatsp.preflight.node_names import expand
 
 _TASK_ENDED = re.compile(r"(?:srun|slurmstepd)(?:-\S+)?: error: (\S+: tasks? .*|Node failure.*)")
-_NOT_BEGUN = re.compile(r"error: Task launch for \S+ failed on node (\S+?):")
+_LOST = re.compile(r".*?error: (?:Task launch for \S+ failed on node (\S+?):|Node failure on (\S+))")
+# From any of these on, tasks end because others did.
+_ENDS_OTHERS = ("Terminating StepId", "Job step aborted", "CANCELLED AT", "Node failure")
 CANCEL = "cancel"  # the file in a job's folder that says that it is not to come back
 
 
@@ -80,25 +85,35 @@ def _end(given: Namespace) -> tuple[str, str]:
         _say(f"the job goes on elsewhere, with attempt {now.attempt}")
         return "lost", "0"
     folder = folder_of(given.job, now.attempt)
+    probe = folder / ".probe"  # a client of NFS looks anew at a folder that it has changed
+    probe.touch()
+    probe.unlink()
     outcomes = read_outcomes(folder)
-    said, unreachable = _said(folder / "srun.log")
-    lost = {*given.down.split(), *unreachable}
-    unfit = _unfit(folder, now.nodes)
+    words = _Words.of(folder / "srun.log")
+    is_called = (folder / ROLL_CALL).is_file()  # and so all nodes can run something
+    lost = {*given.down.split(), *words.lost}
+    chosen = folder / NODES
+    used = {*(read_names(chosen) if given.ran and chosen.is_file() else now.nodes)}
+    unfit = {*_unfit(folder, now.nodes), *(lost - used)}
     end = End(
         given.status,
         given.ran,
+        is_done(folder),
         outcomes,
-        said,
+        words.ended,
+        words.alone if is_called else "",
         given.asked,
         given.state,
         is_cancelled=(given.job / CANCEL).exists(),
-        down=[name for name in now.nodes if name in lost],
-        unfit=[name for name in now.nodes if name in unfit and name not in lost],
+        down=[name for name in now.nodes if name in lost & used],
+        unfit=[name for name in now.nodes if name in unfit and name not in lost & used],
         iteration=_newest(given),
+        was_killed=is_called and words.was_killed,
     )
-    limits = Limits(given.nodes, given.restarts, given.backoff_s, given.requeues)
+    limits = Limits(given.nodes, given.restarts, given.backoff_s, given.requeues, given.has_own_limit)
     verdict = judge(end, attempts[:-1], now, limits)
     ending = {"ended": time.time(), "iteration": end.iteration, "status": given.status}
+    ending["out_of_time"] = is_time_limit(given.asked, limits)
     attempts = closed(attempts, cause=verdict.cause, action=verdict.action, away=verdict.away, **ending)
     write_attempts(given.job, attempts)
     if verdict.cause:
@@ -117,18 +132,42 @@ def _end(given: Namespace) -> tuple[str, str]:
 
 
 def _unfit(folder: Path, nodes: Sequence[str]) -> set[str]:
-    """Nodes that the roll call or the measurements refused."""
-    present, measured = folder / PRESENT, folder / MEASURED
-    unfit = {*nodes} - {*read_names(present)} if present.is_file() else set()
+    """Nodes that the roll call or the measurements refused, or that did not come to a roll call."""
+    called, measured = folder / ROLL_CALL, folder / MEASURED
+    unfit: set[str] = set()
+    if called.is_file():
+        found = read_report(called)["nodes"]
+        unfit = {*nodes} - {node["node"] for node in found if not node["reasons"]}
     return unfit | {*(read_report(measured)["bad"] if measured.is_file() else ())}
 
 
-def _said(log: Path) -> tuple[list[str], list[str]]:
-    """What srun said of tasks that ended badly, first things first; and the nodes on which none started."""
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    ended = (_TASK_ENDED.fullmatch(line) for line in lines)
-    not_begun = (_NOT_BEGUN.search(line) for line in lines)
-    return [match[1] for match in ended if match], [match[1] for match in not_begun if match]
+@dataclass(frozen=True)
+class _Words:
+    """What srun said: of tasks that ended badly, first things first; of nodes that are lost.
+
+    alone: the node whose tasks ended badly before srun ended the others, by a signal if any did (was_killed);
+    "" where there were several.
+    """
+
+    ended: list[str]
+    lost: set[str]
+    alone: str
+    was_killed: bool
+
+    @classmethod
+    def of(cls, log: Path) -> "_Words":
+        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+        own = list(takewhile(lambda line: not any(text in line for text in _ENDS_OTHERS), lines))
+        first = _matched(_TASK_ENDED, own)
+        killed = [text for text in first if "Exited with exit code" not in text]
+        hosts = {host for text in killed or first for host in expand(text.partition(":")[0])}
+        alone = hosts.pop() if len(hosts) == 1 else ""
+        lost = {host for text in _matched(_LOST, lines) for host in expand(text)}
+        return cls(_matched(_TASK_ENDED, lines), lost, alone, bool(alone and killed))
+
+
+def _matched(pattern: re.Pattern[str], lines: Sequence[str]) -> list[str]:
+    return [match[match.lastindex or 0] for line in lines if (match := pattern.match(line))]
 
 
 def _newest(given: Namespace) -> int:
@@ -168,6 +207,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--ran", action="store_true", help="what the job is for has run")
     parser.add_argument("--asked", default="", help="the signal by which Slurm asked it to end")
     parser.add_argument("--state", default="")
+    parser.add_argument("--has-own-limit", action="store_true", help="ranks have a time limit of their own")
     return parser.parse_args(arguments)
 
 

@@ -16,8 +16,8 @@ class Attempt:
     restart: how often the job had been requeued. nodes: those it could use, spare ones included.
     iteration_before, iteration: of the newest checkpoint; -1: there is none. status: the exit status of what
     ended it, -1 while it runs. cause: in words; "" if nothing failed. action: what followed: done, stop,
-    again, requeue; or lost: the job itself ended. away: nodes that no later attempt may use. Times are of
-    time.time().
+    again, requeue; or lost: the job itself ended. away: nodes that no later attempt may use. out_of_time: a
+    time limit ended it. Times are of time.time().
     """
 
     attempt: int
@@ -32,6 +32,7 @@ class Attempt:
     cause: str = ""
     action: str = ""
     away: tuple[str, ...] = ()
+    out_of_time: bool = False
 
     @property
     def is_open(self) -> bool:
@@ -42,6 +43,11 @@ class Attempt:
     def has_saved(self) -> bool:
         """Whether it brought a new checkpoint."""
         return self.iteration > self.iteration_before
+
+    @property
+    def was_cut_short(self) -> bool:
+        """Whether a time limit ended it before its first save."""
+        return self.action == "requeue" and self.out_of_time and not self.has_saved and not self.away
 
 
 def folder_of(job: Path, attempt: int) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _WORD = re.compile(r"(\w+)=(.*?)(?= [\w/:]+=|\s*$)")  # of `scontrol show job`; a path may hold spaces
+_PATIENCE_S = 120
 _SCRIPT = re.compile(r"job_(\d+(?:_\d+)?)\.sh")
 
 
@@ -55,6 +56,9 @@ def run_of(what: str) -> tuple[Path, str]:
         running = [job for job in jobs if states[job] in ("RUNNING", "COMPLETING")]
         begun = [job for job in jobs if folder_of(run, job).is_dir()]
         return run, (running or begun or jobs)[-1]
+    if tasks := tasks_of(what):
+        given = ", ".join(tasks[:4]) + (", ..." if len(tasks) > 4 else "")
+        raise ValueError(f"job {what} is an array: give one of its tasks, {given}")
     known = ask(what)
     if not known.log:
         raise ValueError(f"Slurm knows no job {what} (any more): give the run's folder")
@@ -70,13 +74,10 @@ def ask(number: str) -> Known:
     Raises:
         ValueError: there is no Slurm here, or it does not answer.
     """
-    result = scontrol("show", "job", number, "--oneliner")
-    if result.returncode:
-        if "Invalid job id" in result.stderr:
-            return Known()
-        raise ValueError(f"Slurm does not answer:\n{result.stderr.strip()}")
-    lines = [line for line in result.stdout.splitlines() if line.strip()]
-    words = dict(_WORD.findall(lines[0]))
+    found = _shown(number)
+    if not found:
+        return Known()
+    words = found[0]
     reason = words.get("Reason", "")
     return Known(
         words.get("JobState", ""),
@@ -85,6 +86,19 @@ def ask(number: str) -> Known:
         words.get("JobId", ""),
         words.get("StdOut", ""),
     )
+
+
+def tasks_of(number: str) -> list[str]:
+    """The tasks of an array by their numbers, 123_4, or, of those that wait together, 123_[5-9]; else none.
+
+    Raises:
+        ValueError: there is no Slurm here, or it does not answer.
+    """
+    if "_" in number:
+        return []
+    tasks = [words.get("ArrayTaskId", "") for words in _shown(number)]
+    shown = [task if task.isdecimal() else f"[{task.partition('%')[0]}]" for task in tasks if task]
+    return [f"{number}_{task}" for task in sorted(shown, key=lambda task: (len(task), task))]
 
 
 def folder_of(run: Path, number: str) -> Path:
@@ -97,13 +111,23 @@ def folder_of(run: Path, number: str) -> Path:
     return folders[-1] if folders else run / "slurm" / f"job_{number}"
 
 
+def _shown(number: str) -> list[dict[str, str]]:
+    """What `scontrol show job` says, a record a job; none if Slurm has forgotten it."""
+    result = scontrol("show", "job", number, "--oneliner")
+    if result.returncode:
+        if "Invalid job id" in result.stderr:
+            return []
+        raise ValueError(f"Slurm does not answer:\n{result.stderr.strip()}")
+    return [dict(_WORD.findall(line)) for line in result.stdout.splitlines() if line.strip()]
+
+
 def scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Raises ValueError if there is no Slurm here."""
+    """Raises ValueError if there is no Slurm here, or it does not answer."""
     return _slurm("scontrol", arguments)
 
 
 def scancel(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Raises ValueError if there is no Slurm here."""
+    """Raises ValueError if there is no Slurm here, or it does not answer."""
     return _slurm("scancel", arguments)
 
 
@@ -111,4 +135,7 @@ def _slurm(name: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[s
     path = shutil.which(name)
     if path is None:
         raise ValueError(f"{name} is not on the PATH: use a login node of the cluster")
-    return subprocess.run([path, *arguments], capture_output=True, text=True, timeout=120)
+    try:
+        return subprocess.run([path, *arguments], capture_output=True, text=True, timeout=_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"Slurm does not answer: {name} took longer than {_PATIENCE_S} s") from None

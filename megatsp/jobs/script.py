@@ -96,6 +96,7 @@ def _variables(job: Job) -> Iterator[tuple[str, str]]:
     yield "restarts", str(launch.max_restarts)
     yield "backoff_s", f"{launch.restart_backoff_s:g}"
     yield "requeues", str(slurm.max_requeues)
+    yield "own_limit", "yes" if config.trainer.exit_duration_in_mins else "''"
     yield "python", quoted(job.python)
     yield "container", f"({' '.join(map(quoted, shlex.split(slurm.container)))})"
     yield "command", f"({' '.join(map(quoted, (job.command, *job.overrides)))})"

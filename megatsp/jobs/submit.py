@@ -6,20 +6,27 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatsp.cluster.mesh import placement_errors
+from megatsp.cluster.profiles import SECRET
 from megatsp.compose import compose
 from megatsp.data.source_list import read_sources
 from megatsp.jobs.script import TASK, Job, script
-from megatsp.launch_rules import SECRET
-from megatsp.schema import AXES, Config
+from megatsp.launch_rules import options_set, set_by_script
+from megatsp.schema import AXES, Config, LaunchConfig
 from megatsp.training.wandb_login import check_login
 from megatsp.validate import validate
 
 COMMANDS = ("train", "sft", "preflight")
 _OF_ONE_HOST = ("tmpfs", "ramfs", "rootfs")  # file systems that no other node can see
+_LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay")  # unless this host serves them
+# sbatch's variables whose names are not those of their options.
+_VARIABLES = {"array_inx": "array", "mem_per_node": "mem", "timelimit": "time"}
+# Options that a user's environment may set where the script does not.
+_FREE = ("--partition", "--account", "--qos", "--constraint", "--reservation", "--time")
 _DEPENDENCY = re.compile(r"(after|afterany|afterok|afternotok|aftercorr|singleton)\b.*")
 
 
@@ -93,25 +100,51 @@ def submit(planned: Planned) -> str:
             "script, and launch local or torchrun needs no Slurm"
         )
     job = planned.job
-    warnings = []
+    launch, warnings = job.config.launch, []
     if job.command != "preflight":
         warnings += [check_login(job.config), *_missing_data(planned.configs)]
     for run in planned.runs.values():
-        check_folder(run, job.config.launch.nodes + job.config.launch.spare_nodes)
+        warnings.append(check_folder(run, launch.nodes + launch.spare_nodes))
     first = next(iter(planned.runs.values())) / "slurm"
     draft = first / f".job.{os.getpid()}.sh"
-    draft.write_text(script(job))
+    text = script(job)
+    draft.write_text(text)
+    environment, left_out = _without_rivals(text, launch)
     try:
-        result = subprocess.run([sbatch, "--parsable", str(draft)], capture_output=True, text=True)
+        result = subprocess.run(
+            [sbatch, "--parsable", str(draft)], capture_output=True, text=True, env=environment
+        )
         if result.returncode:
             said = (result.stderr + result.stdout).strip()
             raise ValueError(f"Slurm refused the job:\n{said}")
         number = result.stdout.strip().split(";")[0]
         for task, run in planned.runs.items():
-            shutil.copy(draft, run / "slurm" / f"job_{number}{'_' * bool(task)}{task}.sh")
+            copy = run / "slurm" / f"job_{number}{'_' * bool(task)}{task}.sh"
+            try:
+                shutil.copyfile(draft, copy)
+            except OSError as error:  # the job is submitted all the same
+                warnings.append(f"warning: {copy} cannot be written: {error.strerror}")
     finally:
-        draft.unlink()
-    return _submitted(planned, number, "\n".join(filter(None, [*warnings, result.stderr.strip()])))
+        with suppress(OSError):
+            draft.unlink()
+    if left_out:
+        warnings.append(f"left out, for the job's script says it: {', '.join(left_out)}")
+    shown = "\n".join(dict.fromkeys(filter(None, [*warnings, result.stderr.strip()])))
+    return _submitted(planned, number, shown)
+
+
+def _without_rivals(text: str, launch: LaunchConfig) -> tuple[dict[str, str], list[str]]:
+    """The environment for sbatch, and which of its variables are left out: they would override the script."""
+    options = [options_set(line) for line in text.splitlines() if line.startswith("#SBATCH ")]
+    given = {name for line in options for name, _ in line}
+    rivals = []
+    for variable in sorted(name for name in os.environ if name.startswith("SBATCH_")):
+        own = variable.removeprefix("SBATCH_").lower()
+        option = f"--{_VARIABLES.get(own, own.replace('_', '-'))}"
+        contradicts = set_by_script(option, os.environ[variable], launch) is not None
+        if option in given or (contradicts and option not in _FREE):
+            rivals.append(variable)
+    return {name: value for name, value in os.environ.items() if name not in rivals}, rivals
 
 
 def _missing_data(configs: Sequence[Config]) -> list[str]:
@@ -121,8 +154,10 @@ def _missing_data(configs: Sequence[Config]) -> list[str]:
     return [f"warning: data.path: {source} is not there, seen from here" for source in missing]
 
 
-def check_folder(run: Path, nodes: int) -> None:
+def check_folder(run: Path, nodes: int) -> str:
     """Makes the run's folder of jobs, and checks that it is written to, and seen by other nodes if need be.
+
+    Returns a warning where only a look at a node tells; or "".
 
     Raises:
         ValueError: it is not.
@@ -140,6 +175,12 @@ def check_folder(run: Path, nodes: int) -> None:
         raise ValueError(
             f"{folder} lies on {kind}, which the other nodes do not see: give a shared folder, output_dir=..."
         )
+    if nodes > 1 and kind in _LOCAL:
+        return (
+            f"warning: output_dir: {run} lies on {kind}, a disk of this machine; all nodes must see it at "
+            f"this path, as where this machine is their file server: look with `srun ls -d {run}`"
+        )
+    return ""
 
 
 def array_tasks(array: str) -> list[str]:

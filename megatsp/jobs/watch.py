@@ -11,7 +11,7 @@ from megatsp.exit_status import REQUEUE, USER_ERROR
 from megatsp.jobs.attempt import CANCEL
 from megatsp.jobs.attempts import Attempt, read_attempts
 from megatsp.jobs.attempts import folder_of as attempt_folder
-from megatsp.jobs.find import ask, folder_of, jobs_of, run_of, scancel
+from megatsp.jobs.find import ask, folder_of, jobs_of, run_of, scancel, tasks_of
 from megatsp.launcher.failures import Failure
 from megatsp.launcher.outcome import read_outcomes
 
@@ -118,11 +118,14 @@ def follow(what: str, rank: int | None) -> Iterator[str]:
 
 
 def cancel(what: str, now: bool) -> str:
-    """Ends a job for good: after its step and a save, or at once. what: run folder or job.
+    """Ends a job for good: after its step and a save, or at once. what: run folder or job, or a whole array.
 
     Raises:
         ValueError: there is no such run or job, it is over, or Slurm refuses.
     """
+    is_number = what.isdecimal() and not Path(what).is_dir()
+    if is_number and (tasks := [task for task in tasks_of(what) if ask(task).state not in _OVER]):
+        return "\n".join(_cancel_waiting(task) if "[" in task else cancel(task, now) for task in tasks)
     run, number = run_of(what)
     known = ask(number)
     if known.state in _OVER:
@@ -132,15 +135,25 @@ def cancel(what: str, now: bool) -> str:
         folder = run / "slurm" / f"job_{known.number}"
         folder.mkdir(exist_ok=True)
         (folder / CANCEL).touch()
-    result = scancel(*(("--batch", "--signal=USR1") if running else ()), number)
-    if result.returncode:
-        raise ValueError(f"Slurm did not cancel job {number}:\n{result.stderr.strip()}")
+    _scancel(number, *(("--batch", "--signal=USR1") if running else ()))
     if running:
         said = f"job {number} saves and ends; at once: megatsp launch cancel --now {number}"
     else:
         said = f"job {number} is cancelled"
     others = [job for job in jobs_of(run) if job != number and ask(job).state not in _OVER]
     return f"{said}\nstill there, of the same run: job {', '.join(others)}" if others else said
+
+
+def _cancel_waiting(tasks: str) -> str:
+    """Of an array's tasks that wait together, which have no folder yet."""
+    _scancel(tasks)
+    return f"job {tasks} is cancelled"
+
+
+def _scancel(number: str, *options: str) -> None:
+    result = scancel(*options, number)
+    if result.returncode:
+        raise ValueError(f"Slurm did not cancel job {number}:\n{result.stderr.strip()}")
 
 
 def first_cause(run: Path, number: str, attempt: int | None = None) -> tuple[int, Failure] | None:

@@ -1,6 +1,7 @@
 """Why ranks failed: what they wrote down before they ended, and how they ended."""
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from megatsp.exit_status import FAILURE, HANG, HARDWARE, INTERRUPTED, NOT_SAVED, REQUEUE, RETRIED, USER_ERROR
 
+_CHANGING = re.compile(r"0x[0-9a-f]+|\d+(?:[-,.]\d+)*", re.IGNORECASE)  # ranks, sizes, addresses
 _MEANINGS = {
     NOT_SAVED: "could not write the last checkpoint",
     HANG: "made no progress and ended itself",
@@ -70,6 +72,11 @@ def first_causes(found: Sequence[Failure]) -> list[Failure]:
     raise comes later), then the exceptions, then what only ended.
     """
     return sorted(found, key=lambda failure: 0 if failure.was_killed else 1 if failure.detail else 2)
+
+
+def kind(text: str) -> str:
+    """What the text of a failure has in common with that of the same one of another rank, at another time."""
+    return _CHANGING.sub("#", text).replace("tasks", "task")
 
 
 def show(found: Sequence[Failure]) -> None:

@@ -14,6 +14,7 @@ from megatsp.launcher.failures import Failure, first_causes
 
 # In the environment of a job's ranks: the folder of their outcomes and logs.
 ATTEMPT_FOLDER = "MEGATSP_ATTEMPT_FOLDER"
+_DONE = "done"  # the file by which rank 0 says that all is done; launch/job.sh does, of a preflight
 
 
 def node_name() -> str:
@@ -47,3 +48,16 @@ def read_outcomes(folder: Path) -> list[Failure]:
         values = json.loads(path.read_text())
         found.append((values.pop("time"), Failure(**values)))
     return first_causes([failure for _, failure in sorted(found, key=lambda pair: pair[0])])
+
+
+def write_done(folder: Path) -> None:
+    """Says that all is done. Where that cannot be written, it is started again, and ends at once."""
+    try:
+        (folder / _DONE).touch()
+    except OSError as error:
+        print(f"megatsp: {folder / _DONE} cannot be written: {error.strerror}", flush=True)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether `write_done` was called, on whatever node."""
+    return (folder / _DONE).exists()

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from megatsp.exit_status import FAILURE, REQUEUE, USER_ERROR
 from megatsp.launcher.failures import Failure, ended
-from megatsp.launcher.outcome import ATTEMPT_FOLDER, write_outcome
+from megatsp.launcher.outcome import ATTEMPT_FOLDER, write_done, write_outcome
 
 LAUNCHER_PID = "MEGATSP_LAUNCHER_PID"  # in a rank's environment: the process that started it
 _PR_SET_PDEATHSIG = 1
@@ -46,6 +46,8 @@ def run_rank(work: Callable[[], int]) -> NoReturn:
             print(f"megatsp: error: {error}", file=sys.stderr)
         else:
             traceback.print_exception(error)
+    if attempt and rank == 0 and failure is None:
+        write_done(Path(attempt))
     if attempt and failure is not None:
         is_written = write_outcome(Path(attempt), failure)
         if status == REQUEUE and is_written:  # srun would kill the others, who are about to say the same

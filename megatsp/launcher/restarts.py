@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatsp.launcher.failures import Failure
+from megatsp.launcher.failures import Failure, kind
 
 _LONGEST_S = 300.0
 
@@ -37,7 +37,7 @@ class Count:
         if (newest := self._restarts.newest()) > self._newest:
             self._done, self._raised = 0, ""
         self._newest = newest  # perhaps an older one, after a rollback
-        before, self._raised = self._raised, cause.headline if cause.detail else ""
+        before, self._raised = self._raised, kind(cause.headline) if cause.detail else ""
         limit = self._restarts.limit
         if not cause.may_pass or not limit:
             return None

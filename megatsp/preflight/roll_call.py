@@ -122,7 +122,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
         given = _parse(arguments)
         sizes = read_mesh(given.mesh)
         check_mesh(sizes, given.nodes, given.ranks_per_node)
-        if task.world % given.ranks_per_node or task.world < given.nodes * given.ranks_per_node:
+        if task.world % given.ranks_per_node:
             raise ValueError(
                 f"{task.world} tasks: start {given.ranks_per_node} on each of {given.nodes} nodes and spares"
             )

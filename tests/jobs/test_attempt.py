@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megatsp.exit_status import FAILURE, REQUEUE, USER_ERROR
+from megatsp.exit_status import FAILURE, HARDWARE, REQUEUE, USER_ERROR
 from megatsp.jobs import attempt
 from megatsp.jobs.attempts import folder_of, read_attempts
 from megatsp.launcher.failures import Failure
-from megatsp.launcher.outcome import read_outcomes, write_outcome
+from megatsp.launcher.outcome import read_outcomes, write_done, write_outcome
+from megatsp.preflight.decide import Answer, judge_nodes
+from megatsp.preflight.roll_call import _write
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nRuntimeError: no'
 
@@ -36,6 +38,21 @@ class Script:
     def end(self, number: int, *more: str) -> list[str]:
         return self.ask("end", "--attempt", str(number), "--state", "RUNNING", *more)
 
+    def finish(self, number: int, *more: str) -> list[str]:
+        """An attempt ends well."""
+        write_done(folder_of(self.job, number))
+        return self.end(number, "--ran", *more)
+
+    def srun_says(self, number: int, *lines: str) -> None:
+        (folder_of(self.job, number) / "srun.log").write_text("".join(f"{line}\n" for line in lines))
+
+    def call_the_roll(self, number: int, *names: str, absent: tuple[str, ...] = ()) -> None:
+        """A roll call of nodes of one rank leaves its report; nodes enough are never there."""
+        come = [name for name in names if name not in absent]
+        answers = [Answer(names.index(name), name, 0, name, True) for name in come]
+        nodes = judge_nodes(answers, len(names), 1, names, devices=False)
+        _write(folder_of(self.job, number), nodes, None, {})
+
     def save(self, iteration: int) -> None:
         pointer = self.run / "checkpoints" / "latest_checkpointed_iteration.txt"
         pointer.parent.mkdir(exist_ok=True)
@@ -52,7 +69,7 @@ def test_an_attempt_that_ends_well_is_done(script: Script) -> None:
     assert script.begin() == ["go", str(folder)]
     assert (folder / "live.txt").read_text() == "n0\nn1\nn2\n"
     script.save(40)
-    assert script.end(0, "--ran") == ["done", "0"]
+    assert script.finish(0) == ["done", "0"]
     (only,) = read_attempts(script.job)
     assert (only.iteration_before, only.iteration, only.action, only.status) == (-1, 40, "done", 0)
 
@@ -81,7 +98,7 @@ def test_lost_nodes_stay_off_in_every_later_start(script: Script) -> None:
     assert (folder_of(script.job, 1) / "live.txt").read_text() == "n0\nn2\n"
     assert script.end(1, "--status", "137", "--down", "n2") == ["requeue", "n1,n2"]
     assert script.ask("begin", "--allocated", "n0 n1 n3") == ["go", str(folder_of(script.job, 2))]
-    assert script.end(2, "--ran") == ["done", "0"]
+    assert script.finish(2) == ["done", "0"]
 
 
 def test_an_allocation_of_bad_nodes_is_given_back(script: Script) -> None:
@@ -130,7 +147,7 @@ def test_slurms_own_requeues_have_the_same_limit(script: Script) -> None:
 
 def test_what_was_asked_when_all_was_done_changes_nothing(script: Script) -> None:
     script.begin()
-    assert script.end(0, "--asked", "USR1", "--ran") == ["done", "0"]
+    assert script.finish(0, "--asked", "USR1") == ["done", "0"]
     script.begin()
     assert script.end(1, "--asked", "USR1")[0] == "requeue"  # before anything ran
 
@@ -145,9 +162,11 @@ def test_ranks_that_saved_as_asked_are_requeued_for_that(script: Script) -> None
 
 def test_sruns_word_counts_where_ranks_were_killed(script: Script) -> None:
     script.begin()
-    (folder_of(script.job, 0) / "srun.log").write_text(
-        "some library: error: n7: task 1: no\nsrun: error: n1: task 3: Out Of Memory\n"
-        "srun: error: n0: tasks 0-1: Killed\n"
+    script.srun_says(
+        0,
+        "some library: error: n7: task 1: no",
+        "srun: error: n1: task 3: Out Of Memory",
+        "srun: error: n0: tasks 0-1: Killed",
     )
     assert script.end(0, "--status", "137")[0] == "again"
     assert "error: n1: task 3: Out Of Memory" in script.said
@@ -155,27 +174,108 @@ def test_sruns_word_counts_where_ranks_were_killed(script: Script) -> None:
 
 def test_a_node_on_which_no_task_starts_is_lost(script: Script) -> None:
     script.begin()
-    said = "srun: error: Task launch for StepId=7.0 failed on node n1: Communication connection failure\n"
-    (folder_of(script.job, 0) / "srun.log").write_text(said)
+    script.srun_says(
+        0, "srun: error: Task launch for StepId=7.0 failed on node n1: Communication connection failure"
+    )
     assert script.end(0, "--status", "1")[0] == "again"
     assert read_attempts(script.job)[0].away == ("n1",)
 
 
-def test_nodes_that_are_not_present_are_kept_off(script: Script) -> None:
+def test_a_lost_node_that_is_back_by_now_is_lost(script: Script) -> None:
     script.begin()
-    folder = folder_of(script.job, 0)
-    (folder / "present.txt").write_text("n0\nn2\n")
-    assert script.end(0, "--status", "1")[0] == "again"
+    script.srun_says(0, "srun: error: Node failure on n[1-2]", "srun: error: n0: task 0: Killed")
+    assert script.end(0, "--status", "137", "--ran", "--down", "")[0] == "requeue"
+    (only,) = read_attempts(script.job)
+    assert (only.cause, only.away) == ("lost n1, n2", ("n1", "n2"))
+
+
+def test_a_lost_spare_node_is_kept_off_and_explains_nothing(script: Script) -> None:
+    script.begin()
+    (folder_of(script.job, 0) / "nodes.txt").write_text("n0\nn1\n")
+    write_outcome(folder_of(script.job, 0), Failure(1, FAILURE, "RuntimeError: no", TRACEBACK, host="n1"))
+    assert script.end(0, "--status", "1", "--ran", "--down", "n2") == ["again", "5"]
+    assert read_attempts(script.job)[0].cause == "rank 1: RuntimeError: no"
+    assert read_attempts(script.job)[0].away == ("n2",)
+    script.begin()
+    (folder_of(script.job, 1) / "nodes.txt").write_text("n0\nn1\n")
+    assert script.finish(1, "--down", "n2") == ["done", "0"]
+
+
+def test_nodes_that_the_roll_call_refused_are_named_and_kept_off(script: Script) -> None:
+    script.ask("begin", "--allocated", "n0 n1")
+    script.call_the_roll(0, "n0", "n1", absent=("n1",))
+    assert script.end(0, "--status", "77") == ["stop", "77"]
+    assert "error: the preflight refused n1" in script.said and "not n1" in script.said
+
+
+def test_a_later_roll_call_that_refuses_has_the_job_requeued_without_the_node(script: Script) -> None:
+    script.begin()
+    script.end(0, "--status", "1", "--ran")
+    script.ask("begin", "--allocated", "n0 n1")
+    script.call_the_roll(1, "n0", "n1", absent=("n1",))
+    assert script.end(1, "--status", "77") == ["requeue", "n1"]
+
+
+def test_a_node_that_was_left_out_of_a_second_roll_call_is_refused(script: Script) -> None:
+    script.begin()
+    script.call_the_roll(0, "n1", "n2")
+    write_done(folder_of(script.job, 0))
+    assert script.end(0, "--status", "1", "--ran")[0] == "again"
+    assert read_attempts(script.job)[0].away == ("n0",)
+
+
+@pytest.mark.parametrize("says_itself", [True, False])
+def test_a_node_whose_preflight_dies_is_kept_off(script: Script, says_itself: bool) -> None:
+    script.begin()
+    script.call_the_roll(0, "n0", "n1", "n2")
+    if says_itself:
+        write_outcome(folder_of(script.job, 0), Failure(1, HARDWARE, "GPU 0 does not answer", host="n1"))
+    script.srun_says(
+        0,
+        "srun: error: n1: task 1: Segmentation fault",
+        "srun: launch/slurm: _step_signal: Terminating StepId=7.1",
+        "srun: error: n[0,2]: tasks 0,2: Terminated",
+    )
+    assert script.end(0, "--status", "139") == ["again", "5"]
     assert read_attempts(script.job)[0].away == ("n1",)
+    script.ask("begin", "--allocated", "n0 n1 n2")
+    assert read_attempts(script.job)[1].nodes == ("n0", "n2")
+
+
+def test_a_killed_rank_explains_what_others_exit_with(script: Script) -> None:
+    script.begin()
+    script.call_the_roll(0, "n0", "n1", "n2")
+    write_outcome(folder_of(script.job, 0), Failure(0, HARDWARE, "Connection closed", TRACEBACK, host="n0"))
+    script.srun_says(
+        0, "srun: error: n0: task 0: Exited with exit code 77", "srun: error: n1: task 1: Out Of Memory"
+    )
+    script.end(0, "--status", "137")
+    assert read_attempts(script.job)[0].away == ("n1",)
+
+
+def test_nodes_that_die_together_are_not_suspected(script: Script) -> None:
+    script.begin()
+    script.call_the_roll(0, "n0", "n1", "n2")
+    died = [f"srun: error: n{number}: task {number}: Exited with exit code 1" for number in (1, 2)]
+    script.srun_says(0, *died, "srun: Terminating StepId=7.1", "srun: error: n0: task 0: Terminated")
+    assert script.end(0, "--status", "1")[0] == "again"
+    assert read_attempts(script.job)[0].away == ()
 
 
 def test_nodes_that_are_too_slow_are_kept_off(script: Script) -> None:
     script.begin()
-    folder = folder_of(script.job, 0)
-    (folder / "present.txt").write_text("n0\nn1\nn2\n")
-    (folder / "preflight.json").write_text('{"bad": {"n2": ["GPU 3: GEMM"]}}')
+    script.call_the_roll(0, "n0", "n1", "n2")
+    (folder_of(script.job, 0) / "preflight.json").write_text('{"bad": {"n2": ["GPU 3: GEMM"]}}')
     assert script.end(0, "--status", "1")[0] == "again"
     assert read_attempts(script.job)[0].away == ("n2",)
+
+
+def test_what_ended_for_lack_of_time_is_written_down(script: Script) -> None:
+    for number, asked in enumerate(["TERM", "USR1"]):
+        script.begin()
+        write_outcome(folder_of(script.job, number), Failure(0, REQUEUE, "stopped in good order"))
+        script.end(number, "--asked", asked, "--ran")
+    assert [one.out_of_time for one in read_attempts(script.job)] == [False, True]
 
 
 def test_a_damaged_history_is_named(script: Script) -> None:

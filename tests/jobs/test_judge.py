@@ -11,11 +11,13 @@ from megatsp.launcher.failures import Failure
 
 LIMITS = Limits(nodes=2, restarts=3, backoff_s=5.0, requeues=4)
 NOW = Attempt(1, 7, restart=0, nodes=("n0", "n1", "n2"), started=100.0, iteration_before=10)
-GOOD = End(0, True, (), (), asked="", state="RUNNING", is_cancelled=False, down=(), unfit=(), iteration=20)
+GOOD = End(
+    0, True, True, (), (), "", asked="", state="RUNNING", is_cancelled=False, down=(), unfit=(), iteration=20
+)
 RAISED = Failure(3, FAILURE, "RuntimeError: no", "Traceback ...", host="n1")
-STUCK = replace(GOOD, status=1, outcomes=(RAISED,), iteration=10)
+STUCK = replace(GOOD, status=1, is_complete=False, outcomes=(RAISED,), iteration=10)
 FAILED = f"no rank says why it ended; exit status {USER_ERROR}"
-IN_ORDER = replace(GOOD, outcomes=(Failure(0, REQUEUE, "stopped in good order"),))
+IN_ORDER = replace(GOOD, is_complete=False, outcomes=(Failure(0, REQUEUE, "stopped in good order"),))
 
 
 def after(*changes: dict) -> list[Attempt]:
@@ -32,8 +34,13 @@ def verdict(end: End, *before: dict, **now: object) -> Verdict:
 
 def test_every_rank_with_0_is_done() -> None:
     assert verdict(GOOD).action == "done"
-    replaced = verdict(replace(GOOD, unfit=("n2",)))  # a spare node did its work
+    replaced = verdict(replace(GOOD, unfit=("n2",)))  # a spare node did its work, or is lost itself
     assert (replaced.action, replaced.cause) == ("done", "")
+
+
+def test_that_no_rank_failed_is_not_yet_done() -> None:
+    found = verdict(replace(GOOD, is_complete=False))
+    assert (found.action, found.cause) == ("again", "no rank says that all is done")
 
 
 @pytest.mark.parametrize("status", [USER_ERROR, NOT_SAVED])
@@ -65,9 +72,20 @@ def test_ranks_killed_by_the_request_itself_are_requeued() -> None:
 
 def test_two_requeues_without_a_save_stop() -> None:
     end = replace(IN_ORDER, asked="USR1", iteration=10)
-    assert verdict(end, {"action": "requeue", "cause": ""}).action == "stop"
-    assert verdict(end, {"action": "requeue", "cause": "", "iteration": 11}).action == "requeue"
-    assert verdict(replace(end, iteration=11), {"action": "requeue", "cause": ""}).action == "requeue"
+    before = {"action": "requeue", "cause": "", "out_of_time": True}
+    assert verdict(end, before).action == "stop"
+    assert verdict(end, before | {"iteration": 11}).action == "requeue"
+    assert verdict(replace(end, iteration=11), before).action == "requeue"
+
+
+@pytest.mark.parametrize("asked", ["TERM", ""])  # of a preemption, Slurm may tell the ranks alone
+def test_two_preemptions_without_a_save_do_not_stop(asked: str) -> None:
+    end = replace(IN_ORDER, asked=asked, iteration=10)
+    limit = {"action": "requeue", "cause": "", "out_of_time": True}
+    assert verdict(end, limit).action == "requeue"
+    assert verdict(replace(end, asked="USR1"), limit | {"out_of_time": False}).action == "requeue"
+    own = replace(LIMITS, has_own=True)
+    assert judge(replace(end, asked=""), after(limit), NOW, own).action == "stop"
 
 
 def test_the_requeues_have_a_limit() -> None:
@@ -93,6 +111,24 @@ def test_the_same_failure_twice_without_a_checkpoint_stops_with_the_reason() -> 
 def test_another_failure_or_a_checkpoint_between_is_not_the_same(before: dict) -> None:
     assert verdict(STUCK, before).action == "again"
     assert verdict(replace(STUCK, iteration=11), {}).action == "again"
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (
+            "rank 17: OutOfMemoryError: tried to allocate 2.00 GiB",
+            "OutOfMemoryError: tried to allocate 16 GiB",
+        ),
+        ("rank 4: RuntimeError: <Work at 0x7f0012ab>", "RuntimeError: <Work at 0x7faa34cd>"),
+        ("n7: task 3: Killed", ""),
+    ],
+)
+def test_the_same_failure_of_another_rank_is_the_same(before: str, now: str) -> None:
+    end = replace(STUCK, outcomes=(Failure(803, FAILURE, now, "Traceback"),) if now else ())
+    end = replace(end, said=("n1: tasks 0-1: Killed",))
+    assert verdict(end, {"cause": before}).action == "stop"
+    assert verdict(end, {"cause": "rank 803: RuntimeError: no"}).action == "again"
 
 
 def test_restarts_without_a_checkpoint_have_a_limit() -> None:
@@ -136,7 +172,7 @@ def test_what_slurm_has_requeued_itself_is_left_alone() -> None:
 
 @pytest.mark.parametrize("status", [USER_ERROR, HARDWARE])
 def test_a_first_preflight_that_finds_too_few_nodes_stops(status: int) -> None:
-    found = verdict(replace(STUCK, status=status, outcomes=(), unfit=("n1",)))
+    found = verdict(replace(STUCK, has_run=False, status=status, outcomes=(), unfit=("n1",)))
     assert (found.action, found.status) == ("stop", status)
     assert found.cause == ("the preflight refused n1" if status == HARDWARE else FAILED)
 
@@ -150,6 +186,34 @@ def test_a_later_one_gives_the_allocation_back_without_them() -> None:
 def test_what_the_preflight_refused_stays_off_when_a_rank_fails() -> None:
     found = verdict(replace(STUCK, unfit=("n2",)))
     assert (found.action, found.away) == ("again", ("n2",))
+
+
+PREFLIGHT = replace(STUCK, has_run=False, outcomes=())
+BAD_GPU = replace(PREFLIGHT, outcomes=(Failure(3, HARDWARE, "GPU 1 does not answer", host="n1"),))
+DIED = replace(PREFLIGHT, status=139, said=("n1: task 3: Segmentation fault",), alone="n1")
+
+
+@pytest.mark.parametrize("end", [BAD_GPU, DIED])
+def test_a_node_whose_preflight_dies_is_replaced_or_named(end: End) -> None:
+    found = verdict(end)
+    assert (found.action, found.away) == ("again", ("n1",))
+    found = verdict(end, nodes=("n0", "n1"))
+    assert (found.action, found.status, found.away) == ("stop", HARDWARE, ("n1",))
+    assert "n1" in found.why
+    later = verdict(end, {"cause": "other"}, nodes=("n0", "n1"))
+    assert (later.action, later.away) == ("requeue", ("n1",))
+
+
+def test_what_the_peers_of_a_killed_rank_raise_accuses_nobody() -> None:
+    raised = Failure(0, HARDWARE, "n0: product: Connection closed by peer", "Traceback", host="n0")
+    found = verdict(replace(DIED, outcomes=(raised,), was_killed=True))
+    assert (found.action, found.away, found.cause) == ("again", ("n1",), "n1: task 3: Segmentation fault")
+
+
+def test_a_preflight_that_dies_alike_on_two_nodes_is_no_matter_of_nodes() -> None:
+    found = verdict(DIED, {"cause": "n2: task 5: Segmentation fault", "away": ("n2",)})
+    assert found.action == "stop" and "same failure twice" in found.why
+    assert verdict(replace(DIED, has_run=True)).away == ()  # a training's death says nothing of its node
 
 
 def test_what_srun_says_counts_where_no_rank_could_speak() -> None:

@@ -4,7 +4,6 @@ A test that must catch a job in the middle of its training stops its ranks (SIGS
 lets them go on when what it waits for has happened: nothing depends on how fast a machine is.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from runs import ROOT, losses, overrides, train_on_ranks, write_corpus
 from safetensors.numpy import load_file
-from slurm import Cluster, cluster, ranks_of, signal_ranks
+from slurm import Cluster, cluster, ranks_of, signal_ranks, tasks_on
 from wandb_files import all_rows
 
 from megatsp.jobs.attempts import Attempt, read_attempts
@@ -43,13 +42,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run:
-    """A run of a job on the cluster."""
+    """A run of a job on the cluster, or of a task of an array, whose job is the task's own number."""
 
-    def __init__(self, slurm: Cluster, folder: Path, arguments: list[str]) -> None:
-        self.slurm, self.folder = slurm, folder
-        self.world_size = 2 if "launch.nodes=1" in arguments else 4
-        self.job = slurm.submit(*arguments)
-        self.job_folder = folder / "slurm" / f"job_{self.job}"
+    def __init__(self, slurm: Cluster, folder: Path, job: str) -> None:
+        self.slurm, self.folder, self.job = slurm, folder, job
+        self.job_folder = folder / "slurm" / f"job_{job}"
 
     @property
     def attempts(self) -> list[Attempt]:
@@ -87,7 +84,7 @@ class Run:
         masks = [
             int(line.split()[1], 16) for text in pending for line in text.splitlines() if "ShdPnd" in line
         ]
-        return sum(mask >> (signal.SIGUSR1 - 1) & 1 for mask in masks) == self.world_size
+        return bool(masks) and all(mask >> (signal.SIGUSR1 - 1) & 1 for mask in masks)
 
 
 @pytest.fixture
@@ -98,7 +95,7 @@ def start(slurm: Cluster, corpus: Path, tmp_path: Path):
     def submit(*more: str) -> Run:
         folder = tmp_path / "my runs"
         arguments = overrides(corpus, folder, *MESH, f"trainer.train_iters={ITERATIONS}", *more)
-        started.append(Run(slurm, folder / "run", arguments))
+        started.append(Run(slurm, folder / "run", slurm.submit(*arguments)))
         return started[-1]
 
     yield submit
@@ -128,6 +125,15 @@ def test_a_job_trains_and_finishes(start, slurm: Cluster) -> None:
     said = slurm.megatsp("launch", "status", str(run.folder)).stdout
     assert f"job {run.job}  COMPLETED" in said and f"checkpoint: iteration {ITERATIONS}" in said
     assert "iteration       30/      30" in slurm.megatsp("launch", "logs", run.job).stdout
+
+
+def test_a_job_of_one_rank_trains_and_finishes(start, slurm: Cluster) -> None:
+    one = ("launch.nodes=1", "launch.nproc=1", "parallel.tsp=1", "launch.slurm.tasks=gpu")
+    run = start(*one, "launch.preflight=full")
+    assert slurm.finish(run.job) == "COMPLETED", run.log
+    (attempt,) = run.attempts
+    assert (attempt.action, attempt.iteration) == ("done", ITERATIONS)
+    assert (run.attempt(0) / "preflight.json").is_file()
 
 
 @pytest.mark.parametrize("tasks", ["node", pytest.param("gpu", marks=pytest.mark.slow)])
@@ -185,10 +191,13 @@ def test_a_lost_node_is_kept_off_though_it_comes_back(start, slurm: Cluster) -> 
     lost = run.attempts[0].nodes[1]
     slurm.lose(lost)
     try:
+        slurm.wait(
+            lambda: "down" in slurm.ask("sinfo", "-h", "-n", lost, "-p", "all", "-o", "%t"), "it is down"
+        )
+        slurm.bring_back(lost)  # before the attempt ends, whose ranks are stopped
         slurm.wait(lambda: run.attempts[0].action, "the loss is noticed")
     finally:
         signal_ranks(run.attempt(0), signal.SIGKILL)  # those of the lost node, which nobody else ends
-        slurm.bring_back(lost)
     assert slurm.finish(run.job, hurries=True) == "COMPLETED"
     one, two = run.attempts
     assert (one.action, one.cause, one.away) == ("requeue", f"lost {lost}", (lost,))
@@ -210,6 +219,19 @@ def test_a_spare_node_takes_the_place_of_a_lost_one(start, slurm: Cluster) -> No
     first, last = run.attempts
     assert (first.action, first.away) == ("again", (lost,))
     assert (last.action, last.restart, lost in last.nodes) == ("done", 0, False)
+
+
+@pytest.mark.slow
+def test_a_node_whose_preflight_dies_is_replaced(start, slurm: Cluster) -> None:
+    run = start("launch.spare_nodes=1", "launch.preflight=full", "launch.restart_backoff_s=0")
+    slurm.wait(lambda: run.job_folder.is_dir() and run.attempts, "the attempt")
+    node = run.attempts[0].nodes[1]
+    slurm.wait(lambda: tasks_on(node, "megatsp", "preflight"), "the preflight")
+    os.kill(max(tasks_on(node, "megatsp", "preflight")), signal.SIGSEGV)
+    assert slurm.finish(run.job) == "COMPLETED", run.log
+    first, last = run.attempts
+    assert (first.action, first.away) == ("again", (node,)), first
+    assert (last.action, node in last.nodes) == ("done", False)
 
 
 def test_the_same_death_twice_stops_the_job_with_the_reason(start, slurm: Cluster) -> None:
@@ -250,7 +272,7 @@ def test_cancelling_saves_and_does_not_come_back(start, slurm: Cluster) -> None:
 
 
 def test_plain_sbatch_does_the_same(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tmp_path}/job.log"]
+    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={tmp_path}/job.log"]
     more = (
         "launch.preflight=quick",
         "launch.device=cpu",
@@ -275,6 +297,10 @@ def test_plain_sbatch_does_the_same(slurm: Cluster, corpus: Path, tmp_path: Path
     [
         (["launch.slurm.partition=nope"], "invalid partition specified: nope"),
         (["launch.nodes=8", "trainer.global_batch_size=16"], "Batch job submission failed"),
+        (
+            ["launch.slurm.gpu_request=none", "launch.slurm.options=['--gpus-per-node=9']"],
+            "Batch job submission failed: Requested node configuration is not available",
+        ),
         (["launch.slurm.partition=short", "launch.slurm.time=5:00:00"], "Batch job submission failed"),
     ],
 )
@@ -290,11 +316,34 @@ def test_status_of_what_is_no_job_is_an_error(slurm: Cluster, tmp_path: Path) ->
         assert result.returncode == 2 and message in result.stderr
 
 
-def test_attempts_are_objects_a_line(start, slurm: Cluster) -> None:
-    run = start("launch.nodes=1", "launch.preflight=none", "--array", "3", "name=task%a", "trainer.seed=%a")
-    assert slurm.finish(run.job) == "COMPLETED"
-    folder = run.folder.parent / "task3" / "slurm"
-    (attempts,) = folder.glob("job_*/attempts.jsonl")
-    assert json.loads(attempts.read_text())["action"] == "done"
-    said = slurm.megatsp("launch", "status", str(folder.parent)).stdout
-    assert f"job {run.job}_3  COMPLETED" in said and "done" in said
+def test_a_task_of_an_array_requeues_alone(start, slurm: Cluster) -> None:
+    one = ("launch.nodes=1", "launch.preflight=none", "checkpoint.save_interval=2")
+    array = start(*one, "--array", "1-2", "name=task%a", "trainer.seed=%a")
+    for task in "12":
+        slurm.wait(lambda name=f"{array.job}_{task}": slurm.state(name) == "RUNNING", "it runs")  # type: ignore[misc]
+    own = {task: slurm.facts(f"{array.job}_{task}")["JobId"] for task in "12"}
+    runs = {task: Run(slurm, array.folder.parent / f"task{task}", own[task]) for task in "12"}
+    for run in runs.values():
+        run.pause(0, iteration=3)
+    last = "1" if own["1"] == array.job else "2"  # whose plain number means the whole array
+    other = "12".replace(last, "")
+    slurm.ask("scancel", "--batch", "--signal=USR1", f"{array.job}_{last}")
+    slurm.wait(lambda: runs[last].is_asked(0), "the signal reaches the ranks")
+    assert not runs[other].is_asked(0)
+    runs[last].go_on(0)
+    slurm.wait(lambda: runs[last].attempts[0].action == "requeue", "it is requeued")
+    slurm.wait(lambda: slurm.facts(f"{array.job}_{last}")["Restarts"] == "1", "Slurm does so")
+    assert slurm.state(f"{array.job}_{other}") == "RUNNING"
+    asked = slurm.megatsp("launch", "status", array.job)
+    assert asked.returncode == 2 and f"is an array: give one of its tasks, {array.job}_1" in asked.stderr
+    cancelled = slurm.megatsp("launch", "cancel", array.job)
+    assert cancelled.returncode == 0, cancelled.stderr
+    assert f"job {array.job}_{other} saves and ends" in cancelled.stdout
+    assert f"job {array.job}_{last} is cancelled" in cancelled.stdout
+    runs[other].go_on(0)
+    assert slurm.finish(f"{array.job}_{last}") == "CANCELLED"
+    assert slurm.finish(f"{array.job}_{other}") == "FAILED"  # by its exit status, 130
+    (attempt,) = runs[other].attempts
+    assert (attempt.action, attempt.restart) == ("stop", 0)
+    said = slurm.megatsp("launch", "status", str(runs[other].folder)).stdout
+    assert f"job {array.job}_{other}  FAILED" in said and "stop" in said

@@ -84,6 +84,41 @@ def test_data_that_is_not_seen_is_warned_of(arguments, sbatch, capsys, tmp_path)
     assert f"warning: data.path: {tmp_path}/missing is not there" in capsys.readouterr().out
 
 
+def test_options_that_contradict_nothing_pass(arguments):
+    options = ["--mail-type=END", "--gres=nvme:1", "--comment 'a b'", "-w n1", "--time-min=10", "-v"]
+    plan("train", [*arguments, f"launch.slurm.options={options}"], "", "")
+    own = ["--gres=gpu:mi300x:2", "--mem=10G"]
+    free = ["launch.device=auto", "launch.slurm.gpu_request=none", "launch.slurm.exclusive=false"]
+    plan("train", [*arguments, *free, f"launch.slurm.options={own}"], "", "")
+
+
+def test_what_is_no_secret_passes(arguments, monkeypatch):
+    monkeypatch.setenv("GIT_AUTHOR_NAME", "a-long-name")
+    setup = ["export TOKENIZERS_PARALLELISM=false", 'export HF_TOKEN="$(cat ~/.hf)"', "export KEY=$OTHER"]
+    named = ["logging.wandb_project=a-long-name", f"launch.slurm.setup={setup}"]
+    assert plan("train", [*arguments, *named], "", "").job.config.launch.slurm.setup == setup
+
+
+def test_variables_that_would_override_the_script_are_left_out(
+    arguments, sbatch, monkeypatch, tmp_path, capsys
+):
+    for name in ("PARTITION", "ACCOUNT", "TIMELIMIT", "EXPORT", "GRES", "NO_REQUEUE", "ERROR", "WAIT"):
+        monkeypatch.setenv(f"SBATCH_{name}", "NONE")
+    sbatch(f"env | grep ^SBATCH_ | sort >{tmp_path}/seen", "echo 12")
+    assert launch(*arguments, "launch.slurm.partition=gpu", "launch.slurm.time=1:00:00") == 0
+    left_out = "SBATCH_ERROR, SBATCH_EXPORT, SBATCH_NO_REQUEUE, SBATCH_PARTITION, SBATCH_TIMELIMIT"
+    assert f"left out, for the job's script says it: {left_out}\n" in capsys.readouterr().out
+    assert (tmp_path / "seen").read_text() == "SBATCH_ACCOUNT=NONE\nSBATCH_GRES=NONE\nSBATCH_WAIT=NONE\n"
+
+
+def test_a_submitted_job_is_named_though_its_script_cannot_be_kept(arguments, sbatch, tmp_path, capsys):
+    sbatch(f"mkdir {tmp_path}/runs/run/slurm/job_12.sh", "echo 12")
+    (tmp_path / "runs" / "run" / "slurm").mkdir(parents=True)
+    assert launch(*arguments) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("submitted job 12: ") and "job_12.sh cannot be written: " in said
+
+
 def test_slurms_refusal_is_shown_whole(arguments, sbatch, tmp_path, capsys):
     sbatch(
         "echo 'sbatch: error: invalid partition specified: nope' >&2",
@@ -122,6 +157,16 @@ def test_without_sbatch_it_says_what_else_there_is(arguments, monkeypatch, capsy
         (["launch.slurm.options=['--comment=hf_abcdefghijklmnopqrstuvwxyz']"], "a key"),
         (["launch.slurm.options=['--output=x']"], "leave it out"),
         (["launch.slurm.options=['--time=1']"], "use launch.slurm.time"),
+        (["launch.slurm.options=['-N4']"], "use launch.nodes"),
+        (["launch.slurm.options=['-N 4']"], "use launch.nodes"),
+        (["launch.slurm.options=['-p gpu']"], "use launch.slurm.partition"),
+        (["launch.slurm.options=['--mail-type=END -t 1']"], "use launch.slurm.time"),
+        (["launch.slurm.options=['--part=gpu']"], "use launch.slurm.partition"),
+        (["launch.slurm.options=['--qos=x']"], "use launch.slurm.qos"),
+        (["launch.slurm.options=['-G 4']"], "use launch.nproc"),
+        (["launch.slurm.options=['--gres gpu:4']", "launch.device=auto"], "use launch.nproc, or"),
+        (["launch.slurm.options=['--mem=10G']"], "use launch.slurm.exclusive=false and this"),
+        (["launch.slurm.options=['--export=NONE']"], "leave it out"),
         (["launch.slurm.time=0:04:00"], "launch.slurm.signal_s=300"),
         (["--array", "0-1%0", "name=a%a"], "as sbatch takes them"),
         (["name=a%a"], "give --array"),
@@ -195,6 +240,13 @@ def test_a_folder_that_other_nodes_do_not_see_is_refused(monkeypatch):
     finally:
         (folder / "slurm").rmdir()
         folder.rmdir()
+
+
+def test_a_folder_on_a_local_disk_is_warned_of(monkeypatch, tmp_path):
+    monkeypatch.setattr("megatsp.jobs.submit._file_system", lambda folder: "ext4")
+    assert check_folder(tmp_path / "run", nodes=1) == ""
+    said = check_folder(tmp_path / "run", nodes=2)
+    assert "lies on ext4" in said and f"srun ls -d {tmp_path}/run" in said
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):

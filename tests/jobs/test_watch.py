@@ -77,6 +77,36 @@ def test_jobs_of_both_ways_of_submission_are_found(run: Path) -> None:
     assert jobs_of(run) == ["7", "9", "12"]
 
 
+def test_a_whole_array_is_cancelled_also_tasks_that_wait(run: Path, capsys, tmp_path: Path) -> None:
+    where = f"NodeList=n0 StdOut={run}/slurm/job_%j.log"
+    (tmp_path / "scontrol").write_text(f"""#!/bin/bash
+waiting="JobId=12 ArrayJobId=12 ArrayTaskId=2-4%1 JobState=PENDING StdOut=/nowhere/job_12.log"
+running="JobId=13 ArrayJobId=12 ArrayTaskId=1 JobState=RUNNING {where}"
+case $3 in
+12) echo "$waiting"; echo "$running" ;;
+12_1) echo "$running" ;;
+*) echo "$waiting" ;;
+esac
+""")
+    (tmp_path / "scancel").write_text(f'#!/bin/bash\necho "$*" >>{tmp_path}/cancelled\n')
+    for name in ("scontrol", "scancel"):
+        (tmp_path / name).chmod(0o755)
+    assert cli.main(["launch", "cancel", "12"]) == 0
+    assert (tmp_path / "cancelled").read_text() == "--batch --signal=USR1 12_1\n12_[2-4]\n"
+    assert (run / "slurm" / "job_13" / "cancel").is_file()
+    assert "job 12_[2-4] is cancelled" in capsys.readouterr().out
+    assert cli.main(["launch", "status", "12"]) == 2
+    assert "job 12 is an array: give one of its tasks, 12_1, 12_[2-4]" in capsys.readouterr().err
+
+
+def test_a_slurm_that_does_not_answer_is_named(run: Path, capsys, monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/bash\nexec /bin/sleep 20\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setattr("megatsp.jobs.find._PATIENCE_S", 0.2)
+    assert cli.main(["launch", "status", str(run)]) == 2
+    assert "Slurm does not answer: scontrol took longer than 0.2 s" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["status", "cancel"])
 def test_what_needs_slurm_says_so(run: Path, capsys, command) -> None:
     assert cli.main(["launch", command, str(run)]) == 2
