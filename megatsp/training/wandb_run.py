@@ -234,16 +234,25 @@ def _choose_id(folder: Path, of_checkpoint: str) -> tuple[str, str]:
 
 
 def _known_step(run: Any, run_id: str) -> int:
-    """The largest step that W&B has of this run, or will have once this machine's offline files are synced.
+    """The largest step that W&B has of this run, or will have once this machine's files are synced.
 
-    Files of online starts do not count: nobody syncs them, and their server may have got nothing.
+    A step that is there twice would be moved behind the last one by `wandb sync`.
     """
     if not run.offline:
         return int(run.starting_step) - 1
-    folders = Path(run.settings.wandb_dir).glob(f"offline-run-*-{run_id}")
-    files = (folder / f"run-{run_id}.wandb" for folder in sorted(folders, reverse=True))
+    folders = Path(run.settings.wandb_dir).glob(f"*run-*-{run_id}")
     # The newest first: steps only grow over starts.
-    return next((step for file in files if file.is_file() and (step := last_step(file)) >= 0), -1)
+    for folder in sorted(folders, key=lambda path: path.name.removeprefix("offline-"), reverse=True):
+        file = folder / f"run-{run_id}.wandb"
+        if file.is_file() and (step := last_step(file)) >= 0:
+            if not folder.name.startswith("offline-"):
+                print(
+                    f" Weights & Biases: steps up to {step} were given to its server before; if it did not "
+                    f"get them all, `wandb sync --include-online {folder}` goes before that of this start",
+                    flush=True,
+                )
+            return step
+    return -1
 
 
 def _has_secret(arguments: list[str]) -> bool:

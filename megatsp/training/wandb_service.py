@@ -56,7 +56,7 @@ def finish(run: Any, exit_code: int) -> None:
     except TimeoutError as error:
         raise TimeoutError(
             f"the server did not take all in {run.settings.finish_timeout:.0f} s; the next start gives it "
-            f"what it lacks, or else `wandb sync {run.settings.sync_dir}`"
+            f"what it lacks, or else `wandb sync --include-online {run.settings.sync_dir}`"
         ) from error
     finally:
         wandb.teardown()

@@ -101,7 +101,7 @@ def test_an_upload_that_fails_or_takes_too_long_is_not_given(config, tmp_path, m
             time.sleep(5)
 
     monkeypatch.setattr(wandb, "init", lambda **options: Run())
-    monkeypatch.setattr(wandb_run, "_ARTIFACTS_S", 0.1)
+    monkeypatch.setattr(wandb_run, "_ARTIFACTS_S", 0.5)
     give_back(config, again=True)
     out = capsys.readouterr().out
     assert "artifacts:  W&B did not get run-hf" in out and why in out

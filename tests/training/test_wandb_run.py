@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -171,16 +172,24 @@ def test_w_and_b_lists_no_argument_that_holds_a_secret(tmp_path, monkeypatch, ar
     assert b"hidden-0123" not in b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
-def test_offline_only_offline_files_count(tmp_path, capsys):
-    """`wandb sync` is given these alone: what an online start kept, and its server never got, is missing."""
+def test_what_an_online_start_gave_is_not_given_offline_again(tmp_path, capsys):
+    """`wandb sync` would move it behind the last step."""
     first = Reporter(CONFIG, tmp_path, 0, "abc", active=True)
     for iteration in (1, 2, 3):
         first.log(iteration, {"lm loss": 1.0})
     first.close()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    folder.rename(folder.with_name(folder.name.removeprefix("offline-")))
-    Reporter(CONFIG, tmp_path, 3, "abc", active=True).close()
-    assert [step for step, _ in all_rows(tmp_path)] == [1, 2, 3]
+    online = folder.rename(folder.with_name(folder.name.removeprefix("offline-")))
+    assert capsys.readouterr().out == ""
+    for iteration in (4, 5):
+        again = Reporter(CONFIG, tmp_path, iteration - 1, "abc", active=True)
+        again.log(iteration, {"lm loss": 1.0})
+        again.close()
+        time.sleep(1)  # folders are named by the second
+    assert [step for step, _ in all_rows(tmp_path)] == [4, 5]
+    out = capsys.readouterr().out
+    assert out.count("steps up to 3 were given to its server before") == 1
+    assert f"`wandb sync --include-online {online}`" in out
 
 
 def test_w_and_b_gets_what_it_lacks_and_nothing_twice(tmp_path, online):
