@@ -127,7 +127,7 @@ def start(config: Config, folder: Path, run_id: str, about: Mapping[str, Any], b
         try:
             run = _begin(config, root, run_id, settings, mode)
         except Exception as error:
-            why = _variable_of(error) if isinstance(error, ValidationError) else str(error)
+            why = _variable_of(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
             is_refused = isinstance(
                 error, wandb.errors.AuthenticationError | wandb.errors.UsageError | ValidationError
             )
@@ -138,10 +138,11 @@ def start(config: Config, folder: Path, run_id: str, about: Mapping[str, Any], b
                 ) from error
             if mode == "offline":
                 raise RuntimeError(f"it did not start: {why}") from error
-            says = "refuses" if is_refused else "does not answer"
-            print(f" Weights & Biases {says} ({why}): this run is kept offline", flush=True)
+            print(f" Weights & Biases did not start ({why}): this run is kept offline", flush=True)
+            abandon()  # its service still holds the run of this id
             continue
-        if (kept := Path(run.settings.wandb_dir)).parent != root.expanduser():
+        kept = Path(run.settings.wandb_dir)
+        if kept.parent.resolve() != root.expanduser().resolve():
             print(
                 f" Weights & Biases cannot write to {root}: its files of this start are in {kept}", flush=True
             )

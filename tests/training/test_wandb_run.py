@@ -118,9 +118,9 @@ def test_a_server_that_does_not_answer_does_not_end_a_run(tmp_path, monkeypatch,
     errors = [wandb.errors.CommError("timed out"), None, refused, None, refused]
     monkeypatch.setattr(wandb, "init", init)
     Reporter(ONLINE, tmp_path, 0, "", active=True).close()
-    assert "does not answer (timed out): this run is kept offline" in capsys.readouterr().out
+    assert "did not start (timed out): this run is kept offline" in capsys.readouterr().out
     Reporter(ONLINE, tmp_path, 0, "", active=True).close()
-    assert "refuses (no such key): this run is kept offline" in capsys.readouterr().out
+    assert "did not start (no such key): this run is kept offline" in capsys.readouterr().out
     assert asked == ["online", "offline"] * 2
     (tmp_path / "another").mkdir()
     with pytest.raises(ValueError, match="no such key. Mend that"):
@@ -156,8 +156,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "file" / "below"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     Reporter(CONFIG, tmp_path, 0, "", active=True).close()
+    out = capsys.readouterr().out
     said = f"cannot write to {tmp_path}/file/below: its files of this start are in {tmp_path}/tmp/wandb"
-    assert said in capsys.readouterr().out
+    assert said in out
+    monkeypatch.delenv("WANDB_DIR")
+    monkeypatch.chdir(tmp_path)
+    Reporter(CONFIG, Path("tmp/../tmp"), 0, "", active=True).close()
+    assert "cannot write" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argument", ["name=a", "name=hidden-0123"])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from wandb_files import rows
 
 from megatsp.training.wandb_service import patiently
 
@@ -64,7 +65,9 @@ def test_a_service_that_stalls_or_dies_ends_neither_training_nor_its_end(tmp_pat
 
 
 class Forgetful(BaseHTTPRequestHandler):
-    """A W&B server that begins a run, and then takes nothing."""
+    """A W&B server that begins a run, and then takes nothing; or knows no key."""
+
+    status = 200
 
     def do_POST(self) -> None:
         query = self.rfile.read(int(self.headers["Content-Length"])).decode()
@@ -81,7 +84,7 @@ class Forgetful(BaseHTTPRequestHandler):
                 "viewer": {"id": "1", "entity": "e", "username": "e", "flags": "{}", "teams": {"edges": []}}
             }
         content = json.dumps({"data": data}).encode()
-        self.send_response(200 if data else 503)
+        self.send_response(self.status if data else 503)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -92,9 +95,10 @@ class Forgetful(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Forgetful)
+@pytest.fixture(params=[200])
+def server(request) -> Iterator[str]:
+    handler = type("Handler", (Forgetful,), {"status": request.param})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -110,6 +114,14 @@ def test_a_server_that_takes_no_row_does_not_hold_up_the_end(tmp_path, server):
     (kept,) = (tmp_path / "wandb").glob("run-*-abc")
     assert "the server did not take all in 2 s; the next start gives it what it lacks" in out
     assert f"`wandb sync --include-online {kept}`" in out
+
+
+@pytest.mark.parametrize("server", [401], indirect=True)
+def test_a_server_that_does_not_begin_the_run_makes_it_an_offline_one(tmp_path, server):
+    out = ended(str(tmp_path), "online", "", "4", WANDB_BASE_URL=server, WANDB_API_KEY="0123456789abcdef" * 3)
+    assert out.count("this run is kept offline") == 1 and "W&B failed" not in out
+    (file,) = (tmp_path / "wandb").glob("offline-run-*-abc/*.wandb")
+    assert [step for step, _ in rows(file)] == [1, 2, 3]
 
 
 def test_patience_is_with_what_makes_no_progress():
