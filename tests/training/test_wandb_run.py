@@ -187,10 +187,10 @@ def test_what_an_online_start_gave_is_not_given_offline_again(tmp_path, capsys):
     online = folder.rename(folder.with_name(folder.name.removeprefix("offline-")))
     assert capsys.readouterr().out == ""
     for iteration in (4, 5):
+        time.sleep(1)  # folders are named by the second
         again = Reporter(CONFIG, tmp_path, iteration - 1, "abc", active=True)
         again.log(iteration, {"lm loss": 1.0})
         again.close()
-        time.sleep(1)  # folders are named by the second
     assert [step for step, _ in all_rows(tmp_path)] == [4, 5]
     out = capsys.readouterr().out
     assert out.count("steps up to 3 were given to its server before") == 1
