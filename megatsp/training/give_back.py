@@ -2,7 +2,7 @@
 
 <run>/hf/          the tuned model, as transformers saves it; of adapters only if finetune.lora_merge
 <run>/adapter/     the adapters, as PEFT saves them
-<run>/export.json  which checkpoint they are of
+<run>/export.json  which checkpoint they are of, and whether W&B has them
 """
 
 import json
@@ -25,8 +25,7 @@ def give_back(config: Config, again: bool) -> None:
     again: also what was exported before.
 
     Raises:
-        ValueError: there is something else where it would go, the exported logits are not ours, or W&B, which
-            logging.wandb_artifacts gives them to, does not start.
+        ValueError: there is something else where it would go, or the exported logits are not ours.
     """
     finetune, run = config.finetune, run_folder(config)
     if finetune.export == "none":
@@ -38,26 +37,31 @@ def give_back(config: Config, again: bool) -> None:
     record: dict[str, Any] = {
         "checkpoint": found.name, "dtype": finetune.export_dtype, "folders": list(writers),
     }  # fmt: skip
-    if config.logging.wandb_artifacts:
-        record["wandb"] = True
     before = _read_record(run)
-    if not again and before == record and all((run / name).is_dir() for name in writers):
+    is_there = record.items() <= before.items() and all((run / name).is_dir() for name in writers)
+    if is_there and not again:
         print(f" exported:   {', '.join(str(run / name) for name in writers)} already, from {found.name}")
-        return
-    for name in writers:
-        output = run / name
-        if output.exists() and name not in before.get("folders", ()):
-            raise ValueError(
-                f"{output} was there before: move it away, and the same command exports {found} to it"
-            )
-    replace_text(run / RECORD, json.dumps({**record, "checkpoint": None}) + "\n")  # not yet
-    for name, write in writers.items():
-        report = write(run / name)
-        print(f" exported:   {run / name}, from {found.name}")
-        if report is not None:
-            print(f" verified:   {report}", flush=True)
-    if config.logging.wandb_artifacts:
-        print(f" {log_exports(config, run, [run / name for name in writers])}", flush=True)
+        record = before
+    else:
+        for name in writers:
+            if (run / name).exists() and name not in before.get("folders", ()):
+                raise ValueError(
+                    f"{run / name} was there before: move it away, and the same command exports {found} to it"
+                )
+        _write_record(run, {**record, "checkpoint": None})  # not yet
+        for name, write in writers.items():
+            report = write(run / name)
+            print(f" exported:   {run / name}, from {found.name}")
+            if report is not None:
+                print(f" verified:   {report}", flush=True)
+        _write_record(run, record)
+    if config.logging.wandb_artifacts and not record.get("wandb"):
+        said, is_given = log_exports(config, run, [run / name for name in writers])
+        print(f" {said}", flush=True)
+        _write_record(run, {**record, "wandb": is_given})
+
+
+def _write_record(run: Path, record: dict[str, Any]) -> None:
     replace_text(run / RECORD, json.dumps(record, indent=2) + "\n")
 
 

@@ -6,6 +6,7 @@ numbers under the same names, with an explicit step: see wandb_run.py.
 
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -20,8 +21,11 @@ from megatsp.schema import Config
 from megatsp.training.events import Event, append_event
 from megatsp.training.samples import append_samples, by_iteration, drop_after, sample_line
 from megatsp.training.wandb_run import WandbRun, wandb_mode
+from megatsp.training.wandb_service import abandon, patiently
 
 Metrics = Mapping[str, float | int | str | None]
+
+_PATIENCE_S = 60.0  # with W&B's service, once a start
 
 
 class Reporter:
@@ -57,12 +61,23 @@ class Reporter:
         _drop_after(self._path, iteration or -1, evaluates)
         self.sampled_at = drop_after(folder, iteration)
         if wandb_mode(config.logging.wandb) != "disabled":
-            self._wandb = WandbRun(config, folder, wandb_run_id, about or {})
-            self.wandb_run_id = self._wandb.id
-            self._to_wandb(self._catch_up)
+            self._begin_wandb(config, about or {})
         self._file = self._path.open("ab", buffering=0)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=self._total, initial=iteration, unit="it", disable=not on_terminal)
+
+    def _begin_wandb(self, config: Config, about: Mapping[str, Any]) -> None:
+        """W&B refuses a run that begins; one that goes on does so without it, if need be."""
+        try:
+            run = WandbRun(config, self._folder, self.wandb_run_id, about, begins=not self._iteration)
+        except ValueError:
+            raise
+        except Exception as error:
+            abandon()
+            self.say(f" this start goes on without Weights & Biases, metrics.jsonl has it all: {error}")
+            return
+        self._wandb, self.wandb_run_id = run, run.id
+        self._to_wandb(self._catch_up)
 
     def _catch_up(self, run: WandbRun) -> None:
         """Gives W&B what it lacks of the entries and samples there are."""
@@ -137,14 +152,19 @@ class Reporter:
             self._wandb.alert("hang", text, "ERROR")
             self._wandb.close(row_is_open=True, exit_code=HANG)
 
-    def _to_wandb(self, use: Callable[[WandbRun], object]) -> None:
-        """W&B's service may die; training goes on, and the next start gives W&B what it lacks."""
-        if self._wandb is None:
+    def _to_wandb(self, use: Callable[[WandbRun], object], more_s: float = 0) -> None:
+        """W&B's service may stall or die; training goes on, and the next start gives W&B what it lacks.
+
+        more_s: joins the time without a row in which it is given up.
+        """
+        run = self._wandb
+        if run is None:
             return
         try:
-            use(self._wandb)
+            patiently(lambda: use(run), _PATIENCE_S + more_s, lambda: run.last)
         except Exception as error:
             self._wandb = None
+            abandon()
             self.say(f" W&B failed ({error}): it gets nothing more of this start, metrics.jsonl has it all")
 
     def _write(self) -> None:
@@ -186,7 +206,8 @@ class Reporter:
         if self._unwritten:
             self.say(f" {self._unwritten.count(b'{')} entries of {self._path} were never written")
         self._file.close()
-        self._to_wandb(lambda run: run.close(row_is_open, exit_code))
+        if self._wandb is not None:
+            self._to_wandb(lambda run: run.close(row_is_open, exit_code), self._wandb.finish_s or math.inf)
 
 
 def iteration_line(iteration: int, total: int, global_batch_size: int, metrics: Metrics) -> str:

@@ -46,23 +46,27 @@ def records(log: bytes, is_start: bool = True) -> Iterator[bytes]:
 def last_step(path: Path) -> int:
     """The largest step of the rows in a .wandb file, -1 if it has none; steps only grow in it.
 
-    Looks from the file's end, since a long run's has gigabytes.
+    Reads from the file's end, twice as much each time, since a long run's has gigabytes.
     """
+    size, length = path.stat().st_size, _WINDOW
+    with path.open("rb") as file:
+        while True:
+            start = max(0, (size - length) // _BLOCK * _BLOCK)
+            file.seek(start)
+            found = max(map(_step, records(file.read(size - start), is_start=start == 0)), default=-1)
+            if found >= 0 or start == 0:
+                return found
+            length *= 2
+
+
+def _step(record: bytes) -> int:
+    """Of a row; -1 for another record, or what is none."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from wandb.proto import wandb_internal_pb2
 
-    log = path.read_bytes()
-    start = len(log)
-    while start > 0:
-        start = max(0, (start - 1) // _WINDOW * _WINDOW)
-        found = -1
-        for record in records(log[start:], is_start=start == 0):
-            parsed = wandb_internal_pb2.Record()  # type: ignore[attr-defined]  # generated
-            try:
-                parsed.ParseFromString(record)
-            except ValueError:  # protobuf's DecodeError is one
-                break
-            if parsed.WhichOneof("record_type") == "history":
-                found = max(found, parsed.history.step.num)
-        if found >= 0:
-            return found
-    return -1
+    parsed = wandb_internal_pb2.Record()  # type: ignore[attr-defined]  # generated
+    try:
+        parsed.ParseFromString(record)
+    except DecodeError:
+        return -1
+    return parsed.history.step.num if parsed.WhichOneof("record_type") == "history" else -1

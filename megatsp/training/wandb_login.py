@@ -3,20 +3,17 @@
 import base64
 import http.client
 import json
-import os
 import re
 import threading
 import urllib.error
 import urllib.request
-from netrc import NetrcParseError, netrc
 from typing import Any
-from urllib.parse import urlsplit
 
 from megatsp.schema import Config
 from megatsp.training.wandb_run import wandb_mode
+from megatsp.training.wandb_server import api_key, server_url
 
 _PATIENCE_S = 10.0
-_DEFAULT_SERVER = "https://api.wandb.ai"
 _QUERY = json.dumps({"query": "query { viewer { username } }"}).encode()
 _FIX = "get one at {server}/authorize and export WANDB_API_KEY, or set logging.wandb=offline or disabled"
 
@@ -32,8 +29,8 @@ def check_login(config: Config) -> str:
     """
     if wandb_mode(config.logging.wandb) != "online":
         return ""
-    server = os.environ.get("WANDB_BASE_URL", _DEFAULT_SERVER).rstrip("/")
-    key, fix = _key(server), _FIX.format(server=server.replace("://api.", "://", 1))
+    server = server_url()
+    key, fix = api_key(server), _FIX.format(server=server.replace("://api.", "://", 1))
     if not key:
         if config.logging.wandb == "online":
             raise ValueError(f"logging.wandb=online, but there is no key for {server}: {fix}")
@@ -52,17 +49,6 @@ def check_login(config: Config) -> str:
     if answer == "refused":
         raise ValueError(f"{server} refuses the W&B key: {fix}")
     return f"Weights & Biases: {server} could not be asked about the key: {answer}" if answer else ""
-
-
-def _key(server: str) -> str:
-    """Of the environment, or of the server's entry in ~/.netrc."""
-    if key := os.environ.get("WANDB_API_KEY"):
-        return key
-    try:
-        entry = netrc(os.environ.get("NETRC")).authenticators(urlsplit(server).hostname or "")
-    except (OSError, NetrcParseError):
-        entry = None
-    return entry[2] or "" if entry else ""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

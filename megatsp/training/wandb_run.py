@@ -9,36 +9,46 @@ import html
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 
 from megatsp.checkpoint.paths import replace_text
+from megatsp.launch_rules import SECRET
 from megatsp.schema import Config
 from megatsp.training.wandb_file import last_step
+from megatsp.training.wandb_server import api_key, server_url
+from megatsp.training.wandb_service import abandon, finish, patiently
 
 RUN_ID = "wandb_run_id"  # in the run's folder: a run that has no checkpoint yet keeps its id, too
+_FINISH_S = 60.0  # for the server to take the last rows
 _ALERT_EVERY_S = 300  # of one title
+_TITLE_CHARACTERS, _TEXT_CHARACTERS = 63, 500  # W&B takes titles of less than 64
+_ARTIFACTS_S = 3600.0  # for the server to take exported models
 
 
 class WandbRun:
     """id: W&B's name of the run, for checkpoints. last: the largest step that W&B has; -1: none."""
 
-    def __init__(self, config: Config, folder: Path, run_id: str, about: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: Config, folder: Path, run_id: str, about: Mapping[str, Any], begins: bool = False
+    ) -> None:
         """run_id: of the checkpoint; empty: that of the folder, of WANDB_RUN_ID, or a new one.
 
-        about: joins the configuration.
+        about: joins the configuration. begins: nothing of the run is made yet, if it has no id either.
 
         Raises:
-            ValueError: W&B does not start.
+            ValueError: the run begins, and W&B refuses a key or a setting.
+            RuntimeError: W&B does not start.
         """
+        begins = begins and not (run_id or stored_id(folder))
         self.id, said = _choose_id(folder, run_id)
         if said:
             print(f" {said}", flush=True)
-        self._run = start(config, folder, self.id, about)
+        self._run = start(config, folder, self.id, about, begins)
         self.last = _known_step(self._run, self.id)
         self._row: dict[str, Any] = {}
         self._step = -1  # of the row that is open
@@ -68,7 +78,8 @@ class WandbRun:
     def alert(self, kind: str, text: str, level: str) -> None:
         """An alert, unless logging.alerts is off. level: INFO, WARN or ERROR."""
         if self._alerts:
-            self._run.alert(f"{self._name}: {kind}"[:63], text, level, wait_duration=_ALERT_EVERY_S)
+            title = f"{kind}: {self._name}"[:_TITLE_CHARACTERS]
+            self._run.alert(title, text[:_TEXT_CHARACTERS], level, wait_duration=_ALERT_EVERY_S)
 
     def go_back(self, iteration: int) -> None:
         """The run goes on from an earlier iteration; of steps made again W&B keeps the first values."""
@@ -76,10 +87,19 @@ class WandbRun:
             self._row, self._step = {}, -1
 
     def close(self, row_is_open: bool = False, exit_code: int = 0) -> None:
-        """Ends this start. row_is_open: the next one has more for the last row, and gives it whole."""
+        """Ends this start. row_is_open: the next one has more for the last row, and gives it whole.
+
+        Raises:
+            TimeoutError: the server did not take all of it.
+        """
         if not row_is_open:
             self._give()
-        _finish(self._run, exit_code)
+        finish(self._run, exit_code)
+
+    @property
+    def finish_s(self) -> float:
+        """What close() gives the server; 0: any time."""
+        return float(self._run.settings.finish_timeout)
 
     def _give(self) -> None:
         if self._row:
@@ -87,77 +107,103 @@ class WandbRun:
             self.last, self._row = self._step, {}
 
 
-def start(config: Config, folder: Path, run_id: str, about: Mapping[str, Any]) -> Any:
-    """W&B's run of this id, begun or resumed; kept offline where the server does not answer.
+def start(config: Config, folder: Path, run_id: str, about: Mapping[str, Any], begins: bool = False) -> Any:
+    """W&B's run of this id, begun or resumed; kept offline where the server does not answer or refuses.
 
     Environment variables win over the configuration's project, entity, name and folder; group and tags are
     theirs alone.
 
     Raises:
-        ValueError: W&B does not start.
+        ValueError: the run begins, and W&B refuses a key or a setting.
+        RuntimeError: W&B does not start.
     """
     import wandb
+    from pydantic import ValidationError
 
-    mode, environment = wandb_mode(config.logging.wandb), os.environ
     logging.getLogger("wandb").setLevel(logging.ERROR)
-
-    def begin(mode: str) -> Any:
-        return wandb.init(
-            project=environment.get("WANDB_PROJECT") or config.logging.wandb_project,
-            entity=environment.get("WANDB_ENTITY") or config.logging.wandb_entity or None,
-            name=environment.get("WANDB_NAME") or config.name,
-            id=run_id,
-            resume="allow",
-            mode=mode,  # type: ignore[arg-type]  # wandb_mode gives no other words
-            dir=environment.get("WANDB_DIR") or folder,
-            config={**asdict(config), **about},
-            settings=wandb.Settings(silent=True),
-        )
-
-    try:
+    root = Path(os.environ.get("WANDB_DIR") or folder)
+    settings = {**asdict(config), **about}
+    for mode in dict.fromkeys((wandb_mode(config.logging.wandb), "offline")):
         try:
-            return begin(mode)
-        except (wandb.errors.CommError, TimeoutError) as error:
-            if isinstance(error, wandb.errors.AuthenticationError):
-                raise
-            print(f" Weights & Biases does not answer ({error}): this run is kept offline", flush=True)
-            return begin("offline")
-    except (wandb.Error, TimeoutError) as error:
-        raise ValueError(
-            f"Weights & Biases did not start ({mode}): {error}. Check WANDB_API_KEY, or use "
-            "logging.wandb=offline or disabled"
-        ) from error
+            run = _begin(config, root, run_id, settings, mode)
+        except Exception as error:
+            why = _variable_of(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+            is_refused = isinstance(
+                error, wandb.errors.AuthenticationError | wandb.errors.UsageError | ValidationError
+            )
+            if is_refused and begins:
+                raise ValueError(
+                    f"Weights & Biases did not start ({mode}): {why}. Mend that, or use "
+                    "logging.wandb=offline or disabled"
+                ) from error
+            if mode == "offline":
+                raise RuntimeError(f"it did not start: {why}") from error
+            print(f" Weights & Biases did not start ({why}): this run is kept offline", flush=True)
+            abandon()  # its service still holds the run of this id
+            continue
+        kept = Path(run.settings.wandb_dir)
+        if kept.parent.resolve() != root.expanduser().resolve():
+            print(
+                f" Weights & Biases cannot write to {root}: its files of this start are in {kept}", flush=True
+            )
+        return run
+    raise AssertionError("the last attempt returns or raises")
 
 
-def log_exports(config: Config, folder: Path, folders: list[Path]) -> str:
-    """Gives W&B exported models, as artifacts of the run; a line that says so.
+def _begin(config: Config, root: Path, run_id: str, settings: dict[str, Any], mode: str) -> Any:
+    import wandb
+
+    environment = os.environ
+    own = {} if environment.get("WANDB_FINISH_TIMEOUT") else {"finish_timeout": _FINISH_S}
+    return wandb.init(
+        project=environment.get("WANDB_PROJECT") or config.logging.wandb_project,
+        entity=environment.get("WANDB_ENTITY") or config.logging.wandb_entity or None,
+        name=environment.get("WANDB_NAME") or config.name,
+        id=run_id,
+        resume="allow",
+        mode=mode,  # type: ignore[arg-type]  # wandb_mode gives no other words
+        dir=root,
+        config=settings,
+        settings=wandb.Settings(
+            silent=True,
+            finish_timeout_raises=True,
+            disable_git=True,  # the remote's address may hold a token; code_version has the commit
+            x_disable_meta=_has_secret(sys.argv),
+            **own,  # type: ignore[arg-type]
+        ),
+    )
+
+
+def log_exports(config: Config, folder: Path, folders: list[Path]) -> tuple[str, bool]:
+    """Gives W&B exported models, as artifacts of the run: a line that says so, and whether it has them.
 
     folder: the run's.
-
-    Raises:
-        ValueError: W&B does not start.
     """
     import wandb
 
+    names = ", ".join(f"{config.name}-{exported.name}" for exported in folders)
     run_id = stored_id(folder)
     if not run_id or wandb_mode(config.logging.wandb) == "disabled":
-        return "artifacts:  none, W&B is disabled or was when the run was trained"
-    run = start(config, folder, run_id, {})
-    for exported in folders:
-        artifact = wandb.Artifact(f"{config.name}-{exported.name}", type="model")
-        artifact.add_dir(str(exported), policy="immutable")
-        run.log_artifact(artifact)
+        return "artifacts:  none, W&B is disabled or was when the run was trained", False
+
+    def give(run: Any) -> None:
+        given = []
+        for exported in folders:
+            artifact = wandb.Artifact(f"{config.name}-{exported.name}", type="model")
+            artifact.add_dir(str(exported), policy="immutable")
+            given.append(run.log_artifact(artifact))
+        for artifact in () if run.offline else given:
+            artifact.wait(int(_ARTIFACTS_S))
+        finish(run, 0)
+
+    try:
+        run = start(config, folder, run_id, {})
+        patiently(lambda: give(run), 2 * _ARTIFACTS_S)
+    except Exception as error:
+        abandon()
+        return f"artifacts:  W&B did not get {names} ({error}); the same command gives them again", False
     kept = "kept with the offline run, for `wandb sync`" if run.offline else "uploaded"
-    _finish(run, 0)
-    return f"artifacts:  {', '.join(f'{config.name}-{exported.name}' for exported in folders)}, {kept}"
-
-
-def _finish(run: Any, exit_code: int) -> None:
-    """Ends a run and W&B's service, which may write its file only now."""
-    import wandb
-
-    run.finish(exit_code=exit_code)
-    wandb.teardown()
+    return f"artifacts:  {names}, {kept}", True
 
 
 def stored_id(folder: Path) -> str:
@@ -169,20 +215,14 @@ def stored_id(folder: Path) -> str:
 
 
 def wandb_mode(wanted: str) -> str:
-    """online, offline or disabled: what is set, then WANDB_MODE, then whether there is an API key."""
+    """online, offline or disabled: what is set, then WANDB_MODE, then whether there is a key."""
     if wanted != "auto":
         return wanted
     if mode := os.environ.get("WANDB_MODE"):
         if mode not in ("online", "offline", "disabled"):
             raise ValueError(f"WANDB_MODE={mode}: use online, offline or disabled, or unset it")
         return mode
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    try:
-        known = netrc(os.environ.get("NETRC")).hosts
-    except (OSError, NetrcParseError):
-        known = {}
-    return "online" if any("wandb" in host for host in known) else "offline"
+    return "online" if api_key(server_url()) else "offline"
 
 
 def _choose_id(folder: Path, of_checkpoint: str) -> tuple[str, str]:
@@ -195,12 +235,36 @@ def _choose_id(folder: Path, of_checkpoint: str) -> tuple[str, str]:
 
 
 def _known_step(run: Any, run_id: str) -> int:
-    """The largest step that W&B has of this run, or will have once this machine's files are synced."""
+    """The largest step that W&B has of this run, or will have once this machine's files are synced.
+
+    A step that is there twice would be moved behind the last one by `wandb sync`.
+    """
     if not run.offline:
         return int(run.starting_step) - 1
-    there = [
-        path / f"run-{run_id}.wandb"
-        for path in Path(run.settings.wandb_dir).iterdir()
-        if path.name.endswith(f"-{run_id}")
-    ]
-    return max((last_step(file) for file in there if file.is_file()), default=-1)
+    folders = Path(run.settings.wandb_dir).glob(f"*run-*-{run_id}")
+    # The newest first: steps only grow over starts.
+    for folder in sorted(folders, key=lambda path: path.name.removeprefix("offline-"), reverse=True):
+        file = folder / f"run-{run_id}.wandb"
+        if file.is_file() and (step := last_step(file)) >= 0:
+            if not folder.name.startswith("offline-"):
+                print(
+                    f" Weights & Biases: steps up to {step} were given to its server before; if it did not "
+                    f"get them all, `wandb sync --include-online {folder}` goes before that of this start",
+                    flush=True,
+                )
+            return step
+    return -1
+
+
+def _has_secret(arguments: list[str]) -> bool:
+    """Whether the program's arguments, which W&B's metadata lists, hold a secret of the environment."""
+    values = [value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= 8]
+    return any(value in argument for argument in arguments for value in values)
+
+
+def _variable_of(error: Any) -> str:
+    """What pydantic finds wrong with one of W&B's settings, by the variable that set it."""
+    first = error.errors()[0]
+    field = str(first["loc"][0]) if first["loc"] else "a setting"
+    names = (f"WANDB_{field.upper()}", f"WANDB_{field.removeprefix('run_').upper()}")
+    return f"{next((name for name in names if name in os.environ), field)}: {first['msg']}"

@@ -1,14 +1,17 @@
 """What `megatsp sft` exports becomes artifacts of the run in W&B."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import wandb
 from wandb_files import parsed
 
 from megatsp.schema import Config, FinetuneConfig, LoggingConfig
 from megatsp.training import give_back as module
+from megatsp.training import wandb_run
 from megatsp.training.give_back import RECORD, give_back
 from megatsp.training.wandb_run import log_exports
 
@@ -53,7 +56,53 @@ def test_an_export_is_kept_with_the_offline_run(config, tmp_path, capsys):
 
 def test_without_a_wandb_run_there_is_none(config, tmp_path, capsys):
     disabled = replace(config, logging=replace(config.logging, wandb="disabled"))
-    assert log_exports(disabled, tmp_path / "run", []).startswith("artifacts:  none")
+    said, is_given = log_exports(disabled, tmp_path / "run", [])
+    assert said.startswith("artifacts:  none") and not is_given
     (tmp_path / "run" / "wandb_run_id").unlink()
-    assert log_exports(config, tmp_path / "run", []).startswith("artifacts:  none")
+    said, is_given = log_exports(config, tmp_path / "run", [])
+    assert said.startswith("artifacts:  none") and not is_given
     assert not (tmp_path / "run" / "wandb").exists()
+
+
+def test_what_w_and_b_did_not_get_is_left_to_the_next_start(config, tmp_path, monkeypatch, capsys):
+    def no(*given: object, **options: object) -> None:
+        raise wandb.Error("the service did not write its port")
+
+    record, changed = tmp_path / "run" / RECORD, tmp_path / "run" / "hf" / "model.safetensors"
+    with monkeypatch.context() as context:
+        context.setattr(wandb, "init", no)
+        give_back(config, again=True)
+    assert "artifacts:  W&B did not get run-hf (it did not start: the service" in capsys.readouterr().out
+    assert json.loads(record.read_text())["wandb"] is False
+    exported = changed.stat().st_mtime_ns
+    give_back(config, again=False)
+    out = capsys.readouterr().out
+    assert "already, from iter_0000002" in out and "run-hf, kept with the offline run" in out
+    assert json.loads(record.read_text())["wandb"] is True and changed.stat().st_mtime_ns == exported
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("fails", "the server has no room"), ("stalls", "no answer of its service")]
+)
+def test_an_upload_that_fails_or_takes_too_long_is_not_given(config, tmp_path, monkeypatch, capsys, how, why):
+    class Run:
+        offline = False
+        wandb_dir = str(tmp_path / "run" / "wandb")
+
+        def __init__(self) -> None:
+            self.settings = self
+
+        def log_artifact(self, artifact: object) -> "Run":
+            return self
+
+        def wait(self, timeout: int) -> None:
+            if how == "fails":
+                raise ValueError("the server has no room")
+            time.sleep(5)
+
+    monkeypatch.setattr(wandb, "init", lambda **options: Run())
+    monkeypatch.setattr(wandb_run, "_ARTIFACTS_S", 0.5)
+    give_back(config, again=True)
+    out = capsys.readouterr().out
+    assert "artifacts:  W&B did not get run-hf" in out and why in out
+    assert json.loads((tmp_path / "run" / RECORD).read_text())["wandb"] is False

@@ -2,16 +2,19 @@
 
 import base64
 import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import wandb
 
 from megatsp.schema import Config, LoggingConfig
 from megatsp.training import wandb_login
 from megatsp.training.wandb_login import check_login
+from megatsp.training.wandb_server import server_url
 
 KEY = "0123456789abcdef" * 3
 AUTO, ONLINE = (replace(Config(), logging=LoggingConfig(wandb=wanted)) for wanted in ("auto", "online"))
@@ -118,6 +121,30 @@ def test_without_a_key_or_a_use_for_it(server, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="logging.wandb=online, but there is no key for http://127"):
         check_login(ONLINE)
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login user password {KEY}\n")
+    with pytest.raises(ValueError, match="there is no key for http://127"):
+        check_login(ONLINE)  # of another port: W&B does not use it either
+    host = f"127.0.0.1:{server.server_port}"
+    (tmp_path / "netrc").write_text(f"machine {host} login user password {KEY}\n")
     server.content = viewer({"username": "someone"})
     assert check_login(ONLINE) == "" and len(server.asked) == 1
     assert server.asked[0].startswith("Basic ")
+
+
+def test_the_server_is_that_of_w_and_bs_settings(server, monkeypatch, tmp_path):
+    """A key of one's own server is not sent to api.wandb.ai."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    url = os.environ["WANDB_BASE_URL"]
+    monkeypatch.delenv("WANDB_BASE_URL")
+    assert server_url() == "https://api.wandb.ai"
+    for folder, base_url in (("config", "http://127.0.0.1:1"), ("wandb", url)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "settings").write_text(f"[default]\nbase_url = {base_url}\n")
+        assert server_url() == base_url.rstrip("/")
+    wandb.teardown()
+    assert wandb.setup().settings.base_url == server_url()
+    wandb.teardown()
+    server.content = viewer({"username": "someone"})
+    assert check_login(AUTO) == "" and len(server.asked) == 1
+    (tmp_path / "wandb" / "settings").write_text("no settings")
+    assert server_url() == "http://127.0.0.1:1"

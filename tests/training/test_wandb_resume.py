@@ -13,8 +13,9 @@ from runs import StopIf, command, overrides, start_training, write_corpus
 from wandb_files import all_rows, parsed
 
 from megatsp.compose import compose
-from megatsp.schema import Config
-from megatsp.training.logs import read_metrics
+from megatsp.schema import Config, LoggingConfig
+from megatsp.training.logs import Reporter, read_metrics
+from megatsp.training.wandb_file import last_step
 from megatsp.training.wandb_run import stored_id
 
 STEPS = 16
@@ -117,6 +118,37 @@ def test_with_other_settings_it_is_another_run(tmp_path):
     begun = stored_id(tmp_path / "run")
     starts(configured(tmp_path, "optimizer.lr=0.02"), [("end", 0)])
     assert stored_id(tmp_path / "run") != begun
+
+
+def log_until_killed(folder: Path, rows: int) -> None:
+    """A start whose machine is lost, W&B's service with it."""
+    from wandb.sdk import wandb_setup
+
+    reporter = Reporter(Config(logging=LoggingConfig(wandb="offline")), folder, 0, "abc", active=True)
+    for iteration in range(1, rows + 1):
+        reporter.log(iteration, {"lm loss": 1.0, **{f"metric {n}": "x" * 100 for n in range(20)}})
+    time.sleep(1)
+    connection = wandb_setup.singleton()._connection
+    assert connection is not None and connection._proc is not None
+    connection._proc._process.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_where_w_and_b_is_ahead_of_the_checkpoint_its_first_values_stay(tmp_path):
+    with pytest.raises(AssertionError, match="exit code -9"):
+        run_distributed(log_until_killed, 1, tmp_path, 100)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    ahead, size = last_step(file), file.stat().st_size
+    assert 20 < ahead < 100 and size >= 32768 and size % 32768 == 0  # W&B writes whole blocks
+    time.sleep(1)  # folders are named by the second
+    reporter = Reporter(Config(logging=LoggingConfig(wandb="offline")), tmp_path, 20, "abc", active=True)
+    for iteration in range(21, 121):
+        reporter.log(iteration, {"lm loss": 2.0})
+    reporter.close()
+    found = [(step, row["lm loss"]) for step, row in all_rows(tmp_path)]
+    assert found == [(step, 1.0 if step <= ahead else 2.0) for step in range(1, 121)]
+    values = [entry["lm loss"] for entry in read_metrics(tmp_path / "metrics.jsonl")]
+    assert values == [1.0] * 20 + [2.0] * 100
 
 
 @pytest.mark.parametrize("more", [["--dry-run"], ["trainer.train_iters=3"], ["trainer.lr=1"]])

@@ -2,19 +2,23 @@
 
 import json
 import os
+import sys
+import tempfile
+import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
-from wandb_files import parsed, rows
+from wandb_files import all_rows, parsed, rows
 
 from megatsp.schema import Config, LoggingConfig
 from megatsp.training.events import Event
 from megatsp.training.logs import Reporter
 from megatsp.training.samples import append_samples
-from megatsp.training.wandb_file import _BLOCK, _WINDOW, last_step, records
+from megatsp.training.wandb_file import _BLOCK, _FRAGMENT, _WINDOW, last_step, records
 from megatsp.training.wandb_run import RUN_ID, stored_id, wandb_mode
 
 CONFIG = replace(Config(), logging=LoggingConfig(wandb="offline"))
@@ -47,7 +51,9 @@ NETRC = "machine api.wandb.ai login user password 0123\n"
         ("auto", {"WANDB_API_KEY": "0"}, "", "online"),
         ("auto", {"WANDB_API_KEY": "0", "WANDB_MODE": "offline"}, NETRC, "offline"),
         ("auto", {}, NETRC, "online"),
-        ("auto", {}, "machine example.org login user password 0123\n", "offline"),
+        ("auto", {}, "machine wandb.example.org login user password 0123\n", "offline"),
+        ("auto", {"WANDB_BASE_URL": "https://wandb.example.org"}, NETRC, "offline"),
+        ("auto", {}, "default login user password 0123\n", "offline"),
         ("auto", {}, "no netrc at all", "offline"),
     ],
 )
@@ -74,9 +80,10 @@ class FakeRun:
     def __init__(self, starting_step: int = 0, offline: bool = False, folder: Path = Path()) -> None:
         self.offline, self.starting_step = offline, starting_step
         self.settings = self
-        self.wandb_dir = str(folder)
+        self.wandb_dir = str(folder / "wandb")
+        self.finish_timeout = 60.0
         self.rows: list[tuple[int, dict[str, Any]]] = []
-        self.alerts: list[tuple[str, str]] = []
+        self.alerts: list[tuple[str, str, str]] = []
         self.is_finished = self.is_dead = False
 
     def log(self, row: dict[str, Any], step: int) -> None:
@@ -85,7 +92,7 @@ class FakeRun:
         self.rows.append((step, dict(row)))
 
     def alert(self, title: str, text: str, level: str, wait_duration: float) -> None:
-        self.alerts.append((title, level))
+        self.alerts.append((title, text, level))
 
     def finish(self, exit_code: int) -> None:
         self.is_finished = True
@@ -107,13 +114,87 @@ def test_a_server_that_does_not_answer_does_not_end_a_run(tmp_path, monkeypatch,
             raise errors[len(asked) - 1]
         return FakeRun(offline=True, folder=tmp_path)
 
-    errors = [wandb.errors.CommError("timed out"), None, wandb.errors.AuthenticationError("no such key")]
+    refused = wandb.errors.AuthenticationError("no such key")
+    errors = [wandb.errors.CommError("timed out"), None, refused, None, refused]
     monkeypatch.setattr(wandb, "init", init)
     Reporter(ONLINE, tmp_path, 0, "", active=True).close()
-    assert asked == ["online", "offline"]
-    assert "does not answer (timed out): this run is kept offline" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no such key. Check WANDB_API_KEY"):
-        Reporter(ONLINE, tmp_path, 0, "", active=True)
+    assert "did not start (timed out): this run is kept offline" in capsys.readouterr().out
+    Reporter(ONLINE, tmp_path, 0, "", active=True).close()
+    assert "did not start (no such key): this run is kept offline" in capsys.readouterr().out
+    assert asked == ["online", "offline"] * 2
+    (tmp_path / "another").mkdir()
+    with pytest.raises(ValueError, match="no such key. Mend that"):
+        Reporter(ONLINE, tmp_path / "another", 0, "", active=True)
+
+
+@pytest.mark.parametrize("iteration", [0, 4])
+def test_a_service_that_does_not_start_does_not_end_a_run(tmp_path, monkeypatch, capsys, iteration):
+    def init(**options: Any) -> Any:
+        raise wandb.Error("the service did not write its port")
+
+    monkeypatch.setattr(wandb, "init", init)
+    reporter = Reporter(CONFIG, tmp_path, iteration, "saved", active=True)
+    reporter.log(iteration + 1, {"lm loss": 1.0})
+    reporter.close()
+    said = "goes on without Weights & Biases, metrics.jsonl has it all: it did not start: the service did not"
+    assert capsys.readouterr().out.count(said) == 1 and reporter.wandb_run_id == "saved"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_setting_that_w_and_b_refuses_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_TAGS", "")
+    with pytest.raises(ValueError, match="did not start .offline.: WANDB_TAGS: .*Tag at index 0 is empty"):
+        Reporter(CONFIG, tmp_path, 0, "", active=True)
+    wandb.teardown()  # it has read the environment
+    Reporter(CONFIG, tmp_path, 3, "saved", active=True).close()
+    assert "goes on without Weights & Biases" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    Reporter(CONFIG, tmp_path, 0, "", active=True).close()
+    out = capsys.readouterr().out
+    said = f"cannot write to {tmp_path}/file/below: its files of this start are in {tmp_path}/tmp/wandb"
+    assert said in out
+    monkeypatch.delenv("WANDB_DIR")
+    monkeypatch.chdir(tmp_path)
+    Reporter(CONFIG, Path("tmp/../tmp"), 0, "", active=True).close()
+    assert "cannot write" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argument", ["name=a", "name=hidden-0123"])
+def test_w_and_b_lists_no_argument_that_holds_a_secret(tmp_path, monkeypatch, argument):
+    monkeypatch.setenv("MY_TOKEN", "hidden-0123")
+    monkeypatch.setattr(sys, "argv", ["megatsp", "train", argument])
+    Reporter(CONFIG, tmp_path, 0, "", active=True).close()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    listed = [list(r.environment.args) for r in parsed(file) if r.WhichOneof("record_type") == "environment"]
+    assert (["train", argument] in listed) == (argument == "name=a")
+    assert not any(record.environment.git.remote_url for record in parsed(file))
+    assert b"hidden-0123" not in b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_what_an_online_start_gave_is_not_given_offline_again(tmp_path, capsys):
+    """`wandb sync` would move it behind the last step."""
+    first = Reporter(CONFIG, tmp_path, 0, "abc", active=True)
+    for iteration in (1, 2, 3):
+        first.log(iteration, {"lm loss": 1.0})
+    first.close()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    online = folder.rename(folder.with_name(folder.name.removeprefix("offline-")))
+    assert capsys.readouterr().out == ""
+    for iteration in (4, 5):
+        time.sleep(1)  # folders are named by the second
+        again = Reporter(CONFIG, tmp_path, iteration - 1, "abc", active=True)
+        again.log(iteration, {"lm loss": 1.0})
+        again.close()
+    assert [step for step, _ in all_rows(tmp_path)] == [4, 5]
+    out = capsys.readouterr().out
+    assert out.count("steps up to 3 were given to its server before") == 1
+    assert f"`wandb sync --include-online {online}`" in out
 
 
 def test_w_and_b_gets_what_it_lacks_and_nothing_twice(tmp_path, online):
@@ -193,9 +274,19 @@ def test_alerts_are_sent_and_can_be_turned_off(tmp_path, online):
         reporter.event(Event("spike", 3, "a leap", "WARN"))
         reporter.event(Event("saved", 3, "a folder"))
         reporter.close()
-    assert online.alerts == [("run: spike", "WARN")]
+    assert online.alerts == [("spike: run", "a leap", "WARN")]
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert kinds == ["spike", "saved"] * 2
+
+
+def test_alerts_of_a_long_name_differ_and_fit(tmp_path, online):
+    reporter = Reporter(replace(ONLINE, name="n" * 100), tmp_path, 0, "", active=True)
+    for kind in ("hang", "finished"):
+        reporter.event(Event(kind, 3, "t" * 5000, "ERROR"))
+    reporter.close()
+    titles = [title for title, _, _ in online.alerts]
+    assert [title[:9] for title in titles] == ["hang: nnn", "finished:"]
+    assert all(len(title) < 64 and len(text) <= 500 for title, text, _ in online.alerts)
 
 
 def test_environment_variables_win_over_the_configuration(tmp_path, monkeypatch):
@@ -250,6 +341,8 @@ def test_a_file_is_read_as_far_as_it_is_whole(tmp_path):
     damaged = bytearray(whole[: 2 * _BLOCK])
     damaged[_BLOCK + 100] ^= 1
     assert 0 < len(list(records(bytes(damaged)))) < len(list(records(whole[: 2 * _BLOCK])))
-    for content in (b"", whole[:7], b"not a log"):
+    no_record = b"\xff" * 4
+    fragment = _FRAGMENT.pack(zlib.crc32(no_record, zlib.crc32(b"\x01")), len(no_record), 1) + no_record
+    for content in (b"", whole[:7], b"not a log", whole[:7] + fragment):
         file.write_bytes(content)
         assert last_step(file) == -1

@@ -123,7 +123,7 @@ def test_what_a_hang_is_told_to_does_not_delay_the_end(tmp_path, how):
     assert (event["kind"], event["iteration"]) == ("hang", 3) and "rank 0: step 3" in event["text"]
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     (alert,) = [record.alert for record in parsed(file) if record.WhichOneof("record_type") == "alert"]
-    assert (alert.title, alert.level) == ("run: hang", "ERROR") and "no progress" in alert.text
+    assert (alert.title, alert.level) == ("hang: run", "ERROR") and "no progress" in alert.text
     assert [step for step, _ in rows(file)] == [1, 2]  # the third may not be all: the next start gives it
 
 
