@@ -115,20 +115,20 @@ def list_parts(scratch: Path, smoke: bool) -> list[Part]:
     preflight += ["--markdown", str(scratch / "preflight.md")]
     no_hydra = "" if importlib.util.find_spec("hydra") else "hydra-core is not installed here"
     return [
-        Part("kernel tests", [[*pytest, *map(str, tests)]], 60 if smoke else 215, unknown),
-        Part("benchmarks", [bench(alone, "benchmarks")], 60 if smoke else 115, **files("benchmarks")),
+        Part("kernel tests", [[*pytest, *map(str, tests)]], 150 if smoke else 215, unknown),
+        Part("benchmarks", [bench(alone, "benchmarks")], 150 if smoke else 115, **files("benchmarks")),
         Part(
             "distributed kernels",
             [
                 *([[*pytest, *map(str, among)]] if among else []),
                 *([bench(others, "streamed")] if others else []),
             ],
-            60 if smoke else 80,
+            150 if smoke else 80,
             unknown if among else "",
             **files("streamed"),
         ),
-        Part("memory of one rank", [memory], 60 if smoke else 75, data={"memory": scratch / "memory.json"}),
-        Part("preflight", [preflight], 100 if smoke else 50, no_hydra, **files("preflight")),
+        Part("memory of one rank", [memory], 150 if smoke else 75, data={"memory": scratch / "memory.json"}),
+        Part("preflight", [preflight], 150 if smoke else 50, no_hydra, **files("preflight")),
     ]
 
 

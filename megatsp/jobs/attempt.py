@@ -9,6 +9,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatsp.launcher.outcome import is_done, read_outcomes
 from megatsp.parser import Parser
 from megatsp.preflight.files import MEASURED, NODES, ROLL_CALL, read_names, read_report
 from megatsp.preflight.node_names import expand
+from megatsp.training.events import Event, append_event
 
 _TASK_ENDED = re.compile(r"(?:srun|slurmstepd)(?:-\S+)?: error: (\S+: tasks? .*|Node failure.*)")
 _LOST = re.compile(r".*?error: (?:Task launch for \S+ failed on node (\S+?):|Node failure on (\S+))")
@@ -123,6 +125,9 @@ def _end(given: Namespace) -> tuple[str, str]:
         else:
             where = f" on {first.host}" if first is not None else ""
             _say(f"error: {verdict.cause}{where}\n{first.detail if first is not None else ''}".rstrip())
+        text = f"attempt {now.attempt}: {verdict.cause}; {verdict.action}: {verdict.why}"
+        with suppress(OSError):  # a full disk, which the log above tells of
+            append_event(given.run, Event("attempt failed", max(0, end.iteration), text))
     _say(f"attempt {now.attempt}: {verdict.action}: {verdict.why}")
     if verdict.action == "again":
         return "again", f"{verdict.pause_s:g}"

@@ -118,7 +118,10 @@ def judge(end: End, before: Sequence[Attempt], now: Attempt, limits: Limits) -> 
     too_few = len(now.nodes) - len(away) < limits.nodes
     is_first_preflight = not end.has_run and not end.down and not end.asked and not before
     if is_first_preflight and ((not failed and status == HARDWARE) or (too_few and accused | silent)):
-        why = "the preflight found too few nodes that are fit"
+        blames = away or end.unfit
+        why = (
+            "the preflight found too few nodes that are fit" if blames else "the preflight refuses its nodes"
+        )
         return Verdict("stop", f"{why}; not {', '.join(away)}" if away else why, cause, HARDWARE, away=away)
     if in_order or (end.asked and not end.down):
         return _after_good_order(end, before, now, limits, has_saved, cause)

@@ -57,8 +57,7 @@ td:first-child { white-space: nowrap; }
 """
 _LEVELS = {
     "spike": "WARN", "not finite": "WARN", "rollback": "WARN", "save failed": "WARN", "other bits": "WARN",
-    "failed": "ERROR",
-    "hang": "ERROR", "hardware": "ERROR", "not saved": "ERROR",
+    "failed": "ERROR", "attempt failed": "ERROR", "hang": "ERROR", "hardware": "ERROR", "not saved": "ERROR",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from megatsp.launcher.failures import Failure
 from megatsp.launcher.outcome import read_outcomes, write_done, write_outcome
 from megatsp.preflight.decide import Answer, judge_nodes
 from megatsp.preflight.roll_call import _write
+from megatsp.training.events import read_objects
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nRuntimeError: no'
 
@@ -81,6 +82,9 @@ def test_the_first_failing_ranks_traceback_is_in_the_jobs_log(script: Script) ->
     write_outcome(folder, Failure(0, FAILURE, "RuntimeError: connection closed", "Traceback ..."))
     assert script.end(0, "--status", "1") == ["again", "5"]
     assert f"error: rank 1: RuntimeError: no on n1\n{TRACEBACK}\n" in script.said
+    (event,) = read_objects(script.run / "events.jsonl")
+    assert event["kind"] == "attempt failed"
+    assert event["text"].startswith("attempt 0: rank 1: RuntimeError: no; again: it starts again")
     assert "connection closed" not in script.said
 
 
