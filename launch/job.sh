@@ -8,9 +8,10 @@ set -uo pipefail
 export PYTHONUNBUFFERED=1 MEGATSP_NPROC=$nproc
 
 job=$folder/job_$SLURM_JOB_ID
-# As Slurm's commands take it: the plain number of an array's last task means the whole array to them.
+# As Slurm's commands take it: the plain number of an array's last task means the whole array to them. The variables
+# may be those of a job that submitted this one.
 id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-id=${id:-$SLURM_JOB_ID}
+[[ $id ]] && scontrol show job "$id" --oneliner 2>/dev/null | grep -q "JobId=$SLURM_JOB_ID " || id=$SLURM_JOB_ID
 first_port=$((port ? port : 15000 + SLURM_JOB_ID * 30 % 15000))
 asked= # the signal by which Slurm asked the job to end
 step=  # the process of the step that runs
@@ -73,7 +74,19 @@ run() {
     status=$?
     step=
     ended "$copy"
+    ((status <= 128)) || end_steps
     return "$status"
+}
+
+# Ends what srun, which was killed itself, has left on the nodes.
+end_steps() {
+    local left
+    for _ in {1..30}; do
+        left=$(squeue --noheader --steps --jobs="$id" --format=%i | grep '\.[0-9]*$') || return 0
+        # shellcheck disable=SC2086  # several steps
+        scancel $left
+        sleep 1
+    done
 }
 
 # Waits for a process, also where a signal is heard meanwhile; returns its status.

@@ -116,7 +116,8 @@ def _end(given: Namespace) -> tuple[str, str]:
     verdict = judge(end, attempts[:-1], now, limits)
     ending = {"ended": time.time(), "iteration": end.iteration, "status": given.status}
     ending["out_of_time"] = is_time_limit(given.asked, limits)
-    attempts = closed(attempts, cause=verdict.cause, action=verdict.action, away=verdict.away, **ending)
+    ending |= {"cause": verdict.cause, "action": verdict.action, "why": verdict.why, "away": verdict.away}
+    attempts = closed(attempts, **ending)
     write_attempts(given.job, attempts)
     if verdict.cause:
         first = next((one for one in outcomes if verdict.cause.startswith(f"rank {one.rank}: ")), None)
@@ -125,10 +126,12 @@ def _end(given: Namespace) -> tuple[str, str]:
         else:
             where = f" on {first.host}" if first is not None else ""
             _say(f"error: {verdict.cause}{where}\n{first.detail if first is not None else ''}".rstrip())
-        text = f"attempt {now.attempt}: {verdict.cause}; {verdict.action}: {verdict.why}"
-        with suppress(OSError):  # a full disk, which the log above tells of
-            append_event(given.run, Event("attempt failed", max(0, end.iteration), text))
     _say(f"attempt {now.attempt}: {verdict.action}: {verdict.why}")
+    if verdict.cause or verdict.action == "stop":
+        parts = filter(None, [f"attempt {now.attempt}", verdict.cause, verdict.action, verdict.why])
+        kind = "attempt failed" if verdict.cause else "job stopped"
+        with suppress(OSError):  # a full disk, which the log tells of
+            append_event(given.run, Event(kind, max(0, end.iteration), ": ".join(parts)))
     if verdict.action == "again":
         return "again", f"{verdict.pause_s:g}"
     if verdict.action == "requeue":

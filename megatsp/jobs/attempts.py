@@ -16,8 +16,8 @@ class Attempt:
     restart: how often the job had been requeued. nodes: those it could use, spare ones included.
     iteration_before, iteration: of the newest checkpoint; -1: there is none. status: the exit status of what
     ended it, -1 while it runs. cause: in words; "" if nothing failed. action: what followed: done, stop,
-    again, requeue; or lost: the job itself ended. away: nodes that no later attempt may use. out_of_time: a
-    time limit ended it. Times are of time.time().
+    again, requeue; or lost: the job itself ended. why: that followed. away: nodes that no later attempt may
+    use. out_of_time: a time limit ended it. Times are of time.time().
     """
 
     attempt: int
@@ -31,6 +31,7 @@ class Attempt:
     status: int = -1
     cause: str = ""
     action: str = ""
+    why: str = ""
     away: tuple[str, ...] = ()
     out_of_time: bool = False
 

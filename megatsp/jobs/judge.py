@@ -124,7 +124,8 @@ def judge(end: End, before: Sequence[Attempt], now: Attempt, limits: Limits) -> 
         )
         return Verdict("stop", f"{why}; not {', '.join(away)}" if away else why, cause, HARDWARE, away=away)
     if in_order or (end.asked and not end.down):
-        return _after_good_order(end, before, now, limits, has_saved, cause)
+        # A step that ends early because it was asked to has not failed.
+        return _after_good_order(end, before, now, limits, has_saved, cause if end.has_run else "")
 
     gone = f"without {', '.join(away)}" if away else ""
     last = before[-1] if before else None

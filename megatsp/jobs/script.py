@@ -40,7 +40,7 @@ def script(job: Job) -> str:
         "# What it runs; the rest is the same for every job.",
         *(f"{name}={value}" for name, value in _variables(job)),
         *_exports(job.config.launch.profile),
-        *(f"{line} || exit 1" for line in job.config.launch.slurm.setup),
+        *(line for command in job.config.launch.slurm.setup for line in _setup(command)),
         "",
     ]
     return "\n".join(head) + "\n" + body()
@@ -107,6 +107,12 @@ def _exports(profile: str) -> Iterator[str]:
     if found.variables:
         yield f"\n# The profile {found.name}; a value of your own wins."
         yield from export_lines(found)
+
+
+def _setup(command: str) -> tuple[str, ...]:
+    """A command of the user's, which ends the job if it fails, whatever stands at its line's end."""
+    said = shlex.quote(f"megatsp: launch.slurm.setup failed: {command}")
+    return "{", f"    {command}", f"}} || {{ echo {said}; exit 1; }}"
 
 
 def quoted(text: str) -> str:

@@ -134,7 +134,10 @@ def submit(planned: Planned) -> str:
 
 
 def _without_rivals(text: str, launch: LaunchConfig) -> tuple[dict[str, str], list[str]]:
-    """The environment for sbatch, and which of its variables are left out: they would override the script."""
+    """The environment for sbatch, and which of its variables are left out: they would override the script.
+
+    Those of a job that submits another one are left out silently: the other would take them for its own.
+    """
     options = [options_set(line) for line in text.splitlines() if line.startswith("#SBATCH ")]
     given = {name for line in options for name, _ in line}
     rivals = []
@@ -144,7 +147,9 @@ def _without_rivals(text: str, launch: LaunchConfig) -> tuple[dict[str, str], li
         contradicts = set_by_script(option, os.environ[variable], launch) is not None
         if option in given or (contradicts and option not in _FREE):
             rivals.append(variable)
-    return {name: value for name, value in os.environ.items() if name not in rivals}, rivals
+    of_another_job = {name for name in os.environ if name.startswith("SLURM_")} - {"SLURM_CONF"}
+    left_out = {*rivals} | of_another_job
+    return {name: value for name, value in os.environ.items() if name not in left_out}, rivals
 
 
 def _missing_data(configs: Sequence[Config]) -> list[str]:

@@ -196,7 +196,8 @@ def _row(attempt: Attempt, is_over: bool) -> str:
         parts.append("ended with its job, by Slurm" if is_over else "running")
     else:
         parts.append(f"checkpoint {max(0, attempt.iteration)}")
-        parts.append(": ".join(filter(None, (attempt.action, attempt.cause))))
+        why = "" if attempt.action == "done" else attempt.why
+        parts.append(": ".join(filter(None, (attempt.cause, attempt.action, why))))
     if attempt.away:
         parts.append(f"(kept off: {', '.join(attempt.away)})")
     return "  ".join(parts)

@@ -89,7 +89,7 @@ def page(run: Run) -> str:
 
 
 _TIMES = ("started", "ended")
-_ATTEMPT = ("job_id", "attempt", "restart", "nodes", "started", "ended", "status", "cause", "action")
+_ATTEMPT = ("job_id", "attempt", "restart", "nodes", "started", "ended", "status", "cause", "action", "why")
 
 
 def _clock(stamp: Any) -> str:

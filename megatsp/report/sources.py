@@ -43,8 +43,9 @@ def read_run(folder: Path, names: Collection[str]) -> Run:
     if not folder.is_dir():
         raise ValueError(f"no run folder {folder}; give the <output_dir>/<name> of a run")
     attempts: list[Entry] = []
-    for file in sorted((folder / "slurm").glob("job_*/attempts.jsonl")):
+    for file in (folder / "slurm").glob("job_*/attempts.jsonl"):
         attempts += read_objects(file)
+    attempts.sort(key=lambda attempt: _number(attempt.get("started")) or 0.0)
     config, path = folder / "config.yaml", folder / "metrics.jsonl"
     if not config.is_file() and not attempts:  # a job may end before its run begins
         raise ValueError(f"{folder} is no run of megatsp: it has no config.yaml")

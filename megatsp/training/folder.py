@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from megatsp.training.logs import read_metrics
 from megatsp.training.wandb_run import RUN_ID
 
 LOCK = ".lock"
+_SILENT_S = 2.0  # that nobody need be told of a wait
 # What a run may leave that ended before it had written its configuration.
 _OF_SET_UP = {LOCK, "config.yaml.tmp", "hangs", "out_of_memory", "slurm"}
 
@@ -124,10 +126,13 @@ class Busy(RuntimeError):
 
 
 @contextmanager
-def lock(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
+def lock(
+    folder: Path, patience_s: float = 0.0, is_asked: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Makes the folder if need be and keeps other runs out of it.
 
     patience_s: how long to wait for another process, of a job's attempt before this one on a lost node.
+    is_asked: whether this process is to end, and so to wait no longer.
 
     Raises:
         ValueError: another process trains there, or nothing can be written there.
@@ -139,18 +144,22 @@ def lock(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another output_dir=") from error
     with file:
-        end = time.monotonic() + patience_s
+        start, has_said = time.monotonic(), False
         while not _takes(file):
-            if time.monotonic() > end:
-                file.seek(0)
-                message = f"process {file.read().strip()} trains in {folder} already"
+            file.seek(0)
+            message = f"process {file.read().strip()} trains in {folder} already"
+            if time.monotonic() > start + patience_s or is_asked():
                 if patience_s:
                     raise Busy(message)
                 raise ValueError(f"{message}: wait for it, or choose another name=")
+            if not has_said and time.monotonic() > start + _SILENT_S:
+                print(f" {message}: waits for it, for {patience_s:.0f} s", flush=True)
+                has_said = True
             time.sleep(0.5)
         with suppress(OSError):  # a full disk: the lock is held all the same
             file.truncate(0)
-            file.write(str(os.getpid()))
+            job = os.environ.get("SLURM_JOB_ID", "")
+            file.write(f"{os.getpid()} on {socket.gethostname()}{f' of job {job}' if job else ''}")
             file.flush()
         yield
 

@@ -100,9 +100,10 @@ class Training(Steps):
                     finish_removals(self.folder / "checkpoints")
                 print(f"{self.folder} {why_ended(self.config, self.state)}")
             return 0
-        with lock(self.folder, self._patience_s()) if self.is_first else nullcontext():
+        stopper = stopper or Stopper()
+        with lock(self.folder, self._patience_s(), stopper.asked) if self.is_first else nullcontext():
             self._open_folder()
-            status = self._train(stopper or Stopper())
+            status = self._train(stopper)
         self.gpt.engine.close()
         dist.barrier()  # a launcher ends all ranks once one has ended with another status than 0
         return status

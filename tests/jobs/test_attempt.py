@@ -84,7 +84,7 @@ def test_the_first_failing_ranks_traceback_is_in_the_jobs_log(script: Script) ->
     assert f"error: rank 1: RuntimeError: no on n1\n{TRACEBACK}\n" in script.said
     (event,) = read_objects(script.run / "events.jsonl")
     assert event["kind"] == "attempt failed"
-    assert event["text"].startswith("attempt 0: rank 1: RuntimeError: no; again: it starts again")
+    assert event["text"].startswith("attempt 0: rank 1: RuntimeError: no: again: it starts again")
     assert "connection closed" not in script.said
 
 

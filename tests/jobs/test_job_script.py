@@ -28,6 +28,7 @@ case $* in
         enough=true
         tr , '\n' <<<"$nodes" | head -n 2 >"$folder/nodes.txt"
     fi
+    [[ ! -e $FAKE/killed ]] || { rm "$FAKE/killed" && kill -KILL $$; }
     echo "{\"enough\": $enough, \"nodes\": [$good]}" >"$folder/roll_call.json"
     [[ $enough == true ]] || exit 77
     ;;
@@ -43,6 +44,8 @@ case $* in
 esac
 """,
     "sinfo": 'echo "sinfo $*" >>"$FAKE/calls"',
+    "squeue": '[[ -e $FAKE/ended ]] || printf "7.batch\\n7.0\\n7.extern\\n"',
+    "scancel": 'echo "scancel $*" >>"$FAKE/calls" && touch "$FAKE/ended"',
 }
 
 
@@ -114,6 +117,26 @@ def test_nodes_are_those_that_the_job_has_by_now(fake: Fake) -> None:
 def test_a_task_of_an_array_speaks_of_itself_alone(fake: Fake) -> None:
     assert fake.run(NODES="n1,n2", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3").returncode == 0
     assert {line.split()[3] for line in fake.calls("scontrol show job")} == {"7_3"}
+
+
+def test_what_a_killed_srun_leaves_on_the_nodes_is_ended(fake: Fake) -> None:
+    (fake.folder / "killed").touch()
+    fake.run("launch.restart_backoff_s=0", NODES="n1,n2")
+    assert fake.calls("scancel") == ["scancel 7.0"]
+
+
+def test_an_arrays_variables_of_another_job_are_not_its_own(fake: Fake) -> None:
+    given = dict(SLURM_JOB_ID="8", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
+    assert fake.run(NODES="n1,n2", **given).returncode == 0
+    first, *others = fake.calls("scontrol show job")
+    assert first.split()[3] == "7_3" and {line.split()[3] for line in others} == {"8"}
+
+
+@pytest.mark.parametrize("command", ["false", "false # why", "export A=1; (exit 3)"])
+def test_a_setup_that_fails_ends_the_job_and_says_so(fake: Fake, command: str) -> None:
+    result = fake.run(f"launch.slurm.setup=['true # well',{command!r}]")
+    assert result.returncode == 1
+    assert result.stdout == f"megatsp: launch.slurm.setup failed: {command}\n"
 
 
 def test_what_slurm_has_requeued_itself_is_lost(fake: Fake) -> None:

@@ -61,6 +61,12 @@ def test_good_order_is_requeued_and_keeps_no_node_off() -> None:
     assert "USR1" in found.why
 
 
+def test_a_preflight_that_ends_because_it_is_asked_to_has_not_failed() -> None:
+    end = replace(GOOD, status=138, has_run=False, is_complete=False, asked="USR1")
+    found = verdict(replace(end, said=("n2: task 0: User defined signal 1",)))
+    assert (found.action, found.cause) == ("requeue", "")
+
+
 def test_a_limit_of_its_own_is_requeued_too() -> None:
     assert verdict(IN_ORDER).action == "requeue"
 

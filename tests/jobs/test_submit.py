@@ -111,6 +111,17 @@ def test_variables_that_would_override_the_script_are_left_out(
     assert (tmp_path / "seen").read_text() == "SBATCH_ACCOUNT=NONE\nSBATCH_GRES=NONE\nSBATCH_WAIT=NONE\n"
 
 
+def test_a_job_that_submits_another_one_gives_it_none_of_its_own_variables(
+    arguments, sbatch, monkeypatch, tmp_path
+):
+    for name in ("ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "JOB_ID", "CPUS_PER_TASK"):
+        monkeypatch.setenv(f"SLURM_{name}", "30")
+    monkeypatch.setenv("SLURM_CONF", "/etc/ours.conf")
+    sbatch(f"env | grep ^SLURM_ >{tmp_path}/seen", "echo 12")
+    assert launch(*arguments) == 0
+    assert (tmp_path / "seen").read_text() == "SLURM_CONF=/etc/ours.conf\n"
+
+
 def test_a_submitted_job_is_named_though_its_script_cannot_be_kept(arguments, sbatch, tmp_path, capsys):
     sbatch(f"mkdir {tmp_path}/runs/run/slurm/job_12.sh", "echo 12")
     (tmp_path / "runs" / "run" / "slurm").mkdir(parents=True)

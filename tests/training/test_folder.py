@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,7 +212,11 @@ def test_what_a_resumed_run_changes_is_said(config):
 
 def test_two_runs_do_not_share_a_folder(config):
     folder = run_folder(config)
-    with lock(folder), pytest.raises(ValueError, match=f"process {os.getpid()} trains in"), lock(folder):
+    with (
+        lock(folder),
+        pytest.raises(ValueError, match=f"process {os.getpid()} on .* trains in"),
+        lock(folder),
+    ):
         pass
     with lock(folder):  # the first has let go
         assert find_checkpoint(config) is None
@@ -228,6 +233,10 @@ def test_a_jobs_attempt_waits_for_what_the_one_before_left(tmp_path):
     folder = tmp_path / "run"
     with lock(folder), pytest.raises(Busy, match="trains in"), lock(folder, patience_s=0.6):
         pass
+    began = time.monotonic()
+    with lock(folder), pytest.raises(Busy), lock(folder, patience_s=60, is_asked=lambda: True):
+        pass
+    assert time.monotonic() < began + 30
     held = lock(folder)
     held.__enter__()
     timer = threading.Timer(0.7, held.__exit__, (None, None, None))
