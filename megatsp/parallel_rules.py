@@ -4,7 +4,7 @@ Axes of unknown size are -1, automatic bucket counts 0; validate.py puts the rul
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,17 @@ def resolve_axes(config: Config, world_size: int) -> tuple[ParallelConfig, str]:
         wrong = f"parallel: {text} does not divide the {world_size} ranks; {start}"
         return positive, wrong + _other_tsp(config, positive, world_size)
     return (replace(positive, **{left[0]: world_size // product}) if left else positive), ""
+
+
+def filled_in(given: ParallelConfig, found: ParallelConfig, errors: Sequence[str]) -> Iterator[str]:
+    """For each axis of those errors that nobody gave: where its size is from.
+
+    given: with axes that are -1. found: the same by `resolve_axes`.
+    """
+    for axis in AXES:
+        size = getattr(found, axis)
+        if getattr(given, axis) == -1 and any(f"parallel.{axis}={size}" in error for error in errors):
+            yield f"parallel.{axis}=-1 took the {size} ranks that the other axes leave"
 
 
 def _other_tsp(config: Config, p: ParallelConfig, world_size: int) -> str:

@@ -18,6 +18,7 @@ from megatsp.parallel_rules import (
     bucket_errors,
     choose_buckets,
     divisors,
+    filled_in,
     listed,
     nearest_multiples,
     resolve_axes,
@@ -53,7 +54,8 @@ def validate(config: Config, world_size: int) -> Config:
     errors += bucket_errors(filled)
     if errors:
         count = "1 setting" if len(errors) == 1 else f"{len(errors)} settings"
-        raise ValueError("\n  - ".join([f"cannot run with {count}:", *errors]))
+        origins = filled_in(config.parallel, parallel, errors)
+        raise ValueError("\n  - ".join([f"cannot run with {count}:", *errors, *origins]))
     return filled
 
 

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 
 from megatsp.jobs.script import script
@@ -27,9 +27,11 @@ command. launch.nodes, launch.nproc (ranks of a node) and launch.slurm.* say how
 queue it waits in; launch.profile sets what its kind of cluster needs.
 
 examples:
-  megatsp launch slurm experiment=quickstart launch.nodes=2 launch.nproc=2 launch.device=cpu --dry-run
-  megatsp launch slurm train model=gpt_7b parallel.tsp=8 launch.nodes=128 launch.spare_nodes=2 \\
-      launch.profile=mi300x_roce launch.slurm.partition=gpu launch.slurm.time=24:00:00
+  megatsp launch slurm experiment=quickstart parallel.tsp=2 trainer.global_batch_size=32 \\
+      launch.nodes=2 launch.nproc=2 launch.device=cpu --dry-run
+  megatsp launch slurm train model=gpt_7b trainer=bf16 parallel.tsp=8 trainer.seq_length=131072 \\
+      trainer.micro_batch_size=1 trainer.global_batch_size=128 launch=mi300x launch.nodes=128 \\
+      launch.spare_nodes=2 launch.slurm.partition=gpu launch.slurm.time=24:00:00
   megatsp launch status outputs/run
 """
 
@@ -67,14 +69,14 @@ def _torchrun(arguments: list[str]) -> int:
     parser = Parser(
         "megatsp launch torchrun",
         "Runs torchrun here, as one of launch.nodes nodes: the same command on each, but for --node-rank.",
+        usage="megatsp launch torchrun [options] [train | sft] [group=choice | key=value ...]",
     )
     parser.add_argument("--node-rank", type=int, default=0, help="this node's number, 0 is the first")
     parser.add_argument(
         "--address", default="", metavar="HOST:PORT", help="of node 0, where all meet; one node needs none"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command, and stop")
-    given, rest = parser.parse_known_args(arguments)
-    command, overrides = _command(rest)
+    given, command, overrides = _parse(parser, arguments)
     if command == "preflight":
         raise ValueError("launch torchrun preflight: run `torchrun ... -m megatsp preflight` itself")
     planned = plan(command, overrides, "", "")
@@ -110,6 +112,7 @@ def _slurm(arguments: list[str]) -> int:
         "Submits a job of launch.nodes (and launch.spare_nodes) nodes, launch.nproc ranks each, which\n"
         "resumes by itself: asked before its time limit, it saves and goes back into the queue; a node that\n"
         "fails is replaced. Keys: megatsp train --help, launch.*",
+        usage="megatsp launch slurm [options] [train | sft | preflight] [group=choice | key=value ...]",
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dry-run", action="store_true", help="print the job script, and stop")
@@ -117,22 +120,31 @@ def _slurm(arguments: list[str]) -> int:
         "--after",
         default="",
         metavar="JOB",
-        help="begin after these jobs (1234,1235), or afterok:1234 and the like",
+        help="begin after these jobs (1234,1235_0), or afterok:1234 and the like",
     )
     parser.add_argument(
         "--array",
         default="",
         metavar="TASKS",
-        help="one job for each number, such as 0-3; %%a in an override is it",
+        help="one job for each number, such as 0-3; %%a in an override is it, and name=...%%a must hold it",
     )
-    given, rest = parser.parse_known_args(arguments)
-    command, overrides = _command(rest)
+    given, command, overrides = _parse(parser, arguments)
     planned = plan(command, overrides, given.array, given.after)
     if given.dry_run:
         print(script(planned.job), end="")
         return 0
     print(submit(planned))
     return 0
+
+
+def _parse(parser: Parser, arguments: list[str]) -> tuple[Namespace, str, list[str]]:
+    """The options that a parser knows, what is launched, and its arguments, --config-dir among them."""
+    parser.add_argument(
+        "--config-dir", default="", metavar="FOLDER", help="a folder of yours that is searched for YAML first"
+    )
+    given, rest = parser.parse_known_args(arguments)
+    command, overrides = _command(rest)
+    return given, command, [*overrides, *(["--config-dir", given.config_dir] if given.config_dir else [])]
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:

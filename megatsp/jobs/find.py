@@ -21,6 +21,7 @@ class Known:
     nodes: str = ""
     number: str = ""  # its own; of an array's task another than the one that users write
     log: str = ""
+    task: str = ""  # 123_4, as users write it, of one task of an array
 
 
 def jobs_of(run: Path) -> list[str]:
@@ -35,7 +36,7 @@ def jobs_of(run: Path) -> list[str]:
     found = {match[1] for name in names if (match := _SCRIPT.fullmatch(name))}
     if not any("_" in number for number in found):  # the folder of an array's task has another number
         folders = (path.name.removeprefix("job_") for path in (run / "slurm").glob("job_*/"))
-        found |= {number for number in folders if number.isdecimal()}
+        found |= {_written(number) for number in folders if number.isdecimal()}
     if not found:
         raise ValueError(f"{run} has no jobs: `megatsp launch slurm` submits them; give the run's folder")
     return sorted(found, key=lambda number: [int(part) for part in number.split("_")])
@@ -65,7 +66,8 @@ def run_of(what: str) -> tuple[Path, str]:
     run = Path(known.log).parents[1]
     if not (run / "slurm").is_dir():
         raise ValueError(f"job {what} is none that `megatsp launch slurm` submitted: its log is {known.log}")
-    return run, what
+    jobs = jobs_of(run)
+    return run, known.task if known.task in jobs else what
 
 
 def ask(number: str) -> Known:
@@ -77,7 +79,8 @@ def ask(number: str) -> Known:
     found = _shown(number)
     if not found:
         return Known()
-    words = found[0]
+    # The number of an array shows all its tasks, and is the own number of one of them.
+    words = next((words for words in found if words.get("JobId") == number), found[0])
     reason = words.get("Reason", "")
     return Known(
         words.get("JobState", ""),
@@ -85,20 +88,35 @@ def ask(number: str) -> Known:
         words.get("NodeList", "").replace("(null)", ""),
         words.get("JobId", ""),
         words.get("StdOut", ""),
+        _task(words),
     )
 
 
 def tasks_of(number: str) -> list[str]:
     """The tasks of an array by their numbers, 123_4, or, of those that wait together, 123_[5-9]; else none.
 
+    The own number of a task is that task, and no array, unless it is the array's number too.
+
     Raises:
         ValueError: there is no Slurm here, or it does not answer.
     """
     if "_" in number:
         return []
-    tasks = [words.get("ArrayTaskId", "") for words in _shown(number)]
-    shown = [task if task.isdecimal() else f"[{task.partition('%')[0]}]" for task in tasks if task]
-    return [f"{number}_{task}" for task in sorted(shown, key=lambda task: (len(task), task))]
+    tasks = [_task(words) for words in _shown(number) if words.get("ArrayJobId") == number]
+    return sorted(tasks, key=lambda task: (len(task), task))
+
+
+def _task(words: dict[str, str]) -> str:
+    """What users call a record's task of an array, 123_4, or those that wait together; "" of other jobs."""
+    task = words.get("ArrayTaskId", "").partition("%")[0]
+    return f"{words['ArrayJobId']}_{task if task.isdecimal() else f'[{task}]'}" if task else ""
+
+
+def _written(number: str) -> str:
+    """A job's own number as users write it: of an array's task 123_4, while Slurm knows it."""
+    known = ask(number) if shutil.which("scontrol") else Known()
+    is_one = known.number == number and re.fullmatch(r"\d+_\d+", known.task)
+    return known.task if is_one else number
 
 
 def folder_of(run: Path, number: str) -> Path:

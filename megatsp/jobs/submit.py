@@ -2,11 +2,12 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from megatsp.compose import compose
 from megatsp.data.source_list import read_sources
 from megatsp.jobs.script import TASK, Job, script
 from megatsp.launch_rules import options_set, set_by_script
+from megatsp.parallel_rules import filled_in
 from megatsp.schema import AXES, Config, LaunchConfig
 from megatsp.training.wandb_login import check_login
 from megatsp.validate import validate
 
 COMMANDS = ("train", "sft", "preflight")
+MOST_TASKS = 1000  # of an array
 _OF_ONE_HOST = ("tmpfs", "ramfs", "rootfs")  # file systems that no other node can see
 _LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay")  # unless this host serves them
 # sbatch's variables whose names are not those of their options.
@@ -52,14 +55,19 @@ def plan(command: str, arguments: Sequence[str], array: str, after: str) -> Plan
     held = [text for text in overrides if TASK in text]
     if held and not array:
         raise ValueError(f"{held[0]}: {TASK} is the number of an array's task: give --array, or a value")
+    name = _given_name(overrides)
+    if array and TASK not in name:
+        raise ValueError(
+            f"--array {array}: its tasks would share a folder: give name=...{TASK}, which tells them apart"
+        )
     runs, configs = {}, []
     for task in tasks:
-        config = compose(
+        given = compose(
             [text.replace(TASK, task) for text in overrides],
             Path(config_dir) if config_dir else None,
             "sft" if command == "sft" else "train",
         )
-        config = validate(config, config.launch.nodes * config.launch.nproc)
+        config = validate(given, given.launch.nodes * given.launch.nproc)
         if command == "preflight" and config.launch.preflight == "none":
             raise ValueError(
                 "launch.preflight=none: a job of preflight examines its nodes; use full or quick"
@@ -67,13 +75,14 @@ def plan(command: str, arguments: Sequence[str], array: str, after: str) -> Plan
         runs[task] = Path(config.output_dir).expanduser().absolute() / config.name
         configs.append(config)
     first = configs[0]
-    _check_tasks(runs, configs)
+    _check_tasks(configs)
     sizes = {axis: getattr(first.parallel, axis) for axis in AXES}
     if errors := placement_errors(sizes, first.launch.nproc):
-        raise ValueError("\n  - ".join(["the mesh does not fit the nodes:", *errors]))
+        origins = filled_in(given.parallel, first.parallel, errors)
+        raise ValueError("\n  - ".join(["the mesh does not fit the nodes:", *errors, *origins]))
     slurm = first.launch.slurm
     _check_secrets([*arguments, *slurm.setup, *slurm.options, slurm.container])
-    run = f"{Path(first.output_dir).expanduser().absolute()}/{_name(overrides, first)}"
+    run = f"{Path(first.output_dir).expanduser().absolute()}/{name if array else first.name}"
     job = Job(
         first,
         command,
@@ -103,34 +112,52 @@ def submit(planned: Planned) -> str:
     launch, warnings = job.config.launch, []
     if job.command != "preflight":
         warnings += [check_login(job.config), *_missing_data(planned.configs)]
-    for run in planned.runs.values():
-        warnings.append(check_folder(run, launch.nodes + launch.spare_nodes))
-    first = next(iter(planned.runs.values())) / "slurm"
-    draft = first / f".job.{os.getpid()}.sh"
     text = script(job)
-    draft.write_text(text)
+    draft = next(iter(planned.runs.values())) / "slurm" / f".job.{os.getpid()}.sh"
+    with _removed_if_refused(planned.runs.values()):
+        for run in planned.runs.values():
+            warnings.append(check_folder(run, launch.nodes + launch.spare_nodes))
+        number, said, left_out = _hand_over(sbatch, text, draft, launch)
+    for task, run in planned.runs.items():
+        copy = run / "slurm" / f"job_{number}{'_' * bool(task)}{task}.sh"
+        try:
+            copy.write_text(text)
+        except OSError as error:  # the job is submitted all the same
+            warnings.append(f"warning: {copy} cannot be written: {error.strerror}")
+    if left_out:
+        warnings.append(f"left out, for the job's script says it: {', '.join(left_out)}")
+    shown = "\n".join(dict.fromkeys(filter(None, [*warnings, said])))
+    return _submitted(planned, number, shown)
+
+
+def _hand_over(sbatch: str, text: str, draft: Path, launch: LaunchConfig) -> tuple[str, str, list[str]]:
+    """The number of a script's job, what sbatch says beside it, and which variables it did not get."""
     environment, left_out = _without_rivals(text, launch)
     try:
+        draft.write_text(text)
         result = subprocess.run(
             [sbatch, "--parsable", str(draft)], capture_output=True, text=True, env=environment
         )
-        if result.returncode:
-            said = (result.stderr + result.stdout).strip()
-            raise ValueError(f"Slurm refused the job:\n{said}")
-        number = result.stdout.strip().split(";")[0]
-        for task, run in planned.runs.items():
-            copy = run / "slurm" / f"job_{number}{'_' * bool(task)}{task}.sh"
-            try:
-                shutil.copyfile(draft, copy)
-            except OSError as error:  # the job is submitted all the same
-                warnings.append(f"warning: {copy} cannot be written: {error.strerror}")
     finally:
         with suppress(OSError):
             draft.unlink()
-    if left_out:
-        warnings.append(f"left out, for the job's script says it: {', '.join(left_out)}")
-    shown = "\n".join(dict.fromkeys(filter(None, [*warnings, result.stderr.strip()])))
-    return _submitted(planned, number, shown)
+    if result.returncode:
+        said = (result.stderr + result.stdout).strip()
+        raise ValueError(f"Slurm refused the job:\n{said}")
+    return result.stdout.strip().split(";")[0], result.stderr.strip(), left_out
+
+
+@contextmanager
+def _removed_if_refused(runs: Iterable[Path]) -> Iterator[None]:
+    """Removes the runs' folders that are made inside it and still empty, if what is inside raises."""
+    made = [path for run in runs for path in (run / "slurm", run, *run.parents) if not os.path.exists(path)]
+    try:
+        yield
+    except BaseException:
+        for path in sorted(made, key=lambda path: -len(path.parts)):
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _without_rivals(text: str, launch: LaunchConfig) -> tuple[dict[str, str], list[str]]:
@@ -183,7 +210,8 @@ def check_folder(run: Path, nodes: int) -> str:
     if nodes > 1 and kind in _LOCAL:
         return (
             f"warning: output_dir: {run} lies on {kind}, a disk of this machine; all nodes must see it at "
-            f"this path, as where this machine is their file server: look with `srun ls -d {run}`"
+            f"this path, as where this machine is their file server: look with `srun ls -d "
+            f"{shlex.quote(str(run))}`"
         )
     return ""
 
@@ -192,18 +220,25 @@ def array_tasks(array: str) -> list[str]:
     """The numbers of an array's tasks. array: as sbatch takes it: 0-3, 1,5,9, 0-15:4, with %2 at its end.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or has more than 1,000 tasks.
     """
     wrong = ValueError(f"--array {array}: give numbers as sbatch takes them, such as 0-3, 1,5,9 or 0-15:4%2")
     if not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%[1-9]\d*)?", array):
         raise wrong
-    tasks: list[str] = []
+    parts: list[range] = []
+    num_tasks = 0
     for part in array.partition("%")[0].split(","):
         first, last, step = re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part).groups()  # type: ignore[union-attr]
         if int(step or 1) == 0 or int(last or first) < int(first):
             raise wrong
-        tasks += map(str, range(int(first), int(last or first) + 1, int(step or 1)))
-    return list(dict.fromkeys(tasks))
+        parts.append(range(int(first), int(last or first) + 1, int(step or 1)))
+        num_tasks += (parts[-1].stop - 1 - parts[-1].start) // parts[-1].step + 1  # len() is of small ones
+    if num_tasks > MOST_TASKS:
+        raise ValueError(
+            f"--array {array}: {num_tasks:,} tasks, and at most {MOST_TASKS:,} are submitted at once, as by "
+            "Slurm's own default (MaxArraySize=1001): give fewer, and the rest as further arrays"
+        )
+    return list(dict.fromkeys(str(task) for part in parts for task in part))
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], str]:
@@ -217,17 +252,12 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], str]:
     return given.overrides, given.config_dir
 
 
-def _name(overrides: Sequence[str], config: Config) -> str:
-    """The run's name with the array's `%a` in it."""
-    given = [text.partition("=")[2] for text in overrides if text.startswith("name=")]
-    return given[-1] if given and TASK in given[-1] else config.name
+def _given_name(overrides: Sequence[str]) -> str:
+    """The run's name as it was given, an array's `%a` in it; or ""."""
+    return next((text[5:] for text in reversed(overrides) if text.startswith("name=")), "")
 
 
-def _check_tasks(runs: dict[str, Path], configs: Sequence[Config]) -> None:
-    if len({*runs.values()}) < len(runs):
-        raise ValueError(
-            f"tasks of an array would share a folder: give name=...{TASK}, which tells them apart"
-        )
+def _check_tasks(configs: Sequence[Config]) -> None:
     first = configs[0]
     for config in configs[1:]:
         same_mesh = all(getattr(config.parallel, axis) == getattr(first.parallel, axis) for axis in AXES)
@@ -251,7 +281,7 @@ def _check_secrets(texts: Sequence[str]) -> None:
 def _dependency(after: str) -> str:
     if not after or _DEPENDENCY.fullmatch(after):
         return after
-    if re.fullmatch(r"\d+(,\d+)*", after):
+    if re.fullmatch(r"\d+(_\d+)?(,\d+(_\d+)?)*", after):
         return f"afterany:{after.replace(',', ':')}"
     raise ValueError(f"--after {after}: give numbers of jobs, or a dependency such as afterok:1234")
 
@@ -288,5 +318,5 @@ def _submitted(planned: Planned, number: str, warnings: str) -> str:
         ]
     if warnings:
         rows.append(warnings)
-    rows.append(f"megatsp launch status {next(iter(planned.runs.values()))}")
+    rows.append(shlex.join(["megatsp", "launch", "status", str(next(iter(planned.runs.values())))]))
     return "\n".join(rows)

@@ -71,13 +71,17 @@ class Fake:
         ]
         config = validate(compose(given), 4)
         job = Job(config, "train", tuple(given), str(self.folder / "run"), str(ROOT), sys.executable)
+        return self.bash("-c", script(job), **variables)
+
+    def bash(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Runs bash as Slurm runs the script of job 7."""
         own = {
             "FAKE": str(self.folder), "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n0,n1,n2", "SLURM_JOB_CPUS_PER_NODE": "16(x2),6",
             "NODES": "n0,n1,n2", "PYTHONPATH": str(ROOT),
         }  # fmt: skip
         return subprocess.run(
-            ["bash", "-c", script(job)],
+            ["bash", *arguments],
             env=os.environ | own | variables, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
 
@@ -160,6 +164,24 @@ def test_plain_sbatch_refuses_what_its_lines_say(key: str) -> None:
     )
     assert result.returncode == 2
     assert result.stderr.startswith(f"{key}: this job has its nodes and limits from #SBATCH lines")
+
+
+def test_plain_sbatch_takes_an_array(fake: Fake) -> None:
+    (fake.folder / "run3").symlink_to("run")  # where the stand-ins look
+    given = [
+        "model=gpt_tiny", "trainer=default", "parallel.tsp=1", "launch.device=cpu", "launch.preflight=quick",
+        f"output_dir={fake.folder}",
+    ]  # fmt: skip
+    file = ROOT / "launch" / "pretrain.sbatch"
+    variables = {
+        "PYTHON": sys.executable, "NODES": "n1,n2", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "2(x2)",
+        "SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "3",
+    }  # fmt: skip
+    result = fake.bash(file, *given, "name=run%a", "trainer.seed=%a", **variables)
+    assert result.returncode == 0, result.stderr
+    assert "name=run3 trainer.seed=3" in fake.calls("srun")[-1]
+    result = fake.bash(file, *given, **variables)
+    assert result.returncode == 2 and "would share a folder: give name=...%a" in result.stderr
 
 
 def test_a_node_without_an_address_is_called_by_its_name(fake: Fake) -> None:

@@ -271,8 +271,15 @@ def test_cancelling_saves_and_does_not_come_back(start, slurm: Cluster) -> None:
     assert again.returncode == 2 and "is over" in again.stderr
 
 
-def test_plain_sbatch_does_the_same(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={tmp_path}/job.log"]
+@pytest.mark.parametrize(("array", "name"), [((), "plain"), (("--array=3",), "plain%a")])
+def test_plain_sbatch_does_the_same(slurm: Cluster, corpus: Path, tmp_path: Path, array, name) -> None:
+    options = [
+        *array,
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=1",
+        f"--output={tmp_path}/job.log",
+    ]
     more = (
         "launch.preflight=quick",
         "launch.device=cpu",
@@ -280,16 +287,17 @@ def test_plain_sbatch_does_the_same(slurm: Cluster, corpus: Path, tmp_path: Path
         "model=gpt_tiny",
         "trainer=default",
     )
-    run = overrides(corpus, tmp_path, *more, f"trainer.train_iters={ITERATIONS}", "name=plain")
+    run = overrides(corpus, tmp_path, *more, f"trainer.train_iters={ITERATIONS}", f"name={name}")
     environment = slurm.environment | {"PYTHON": sys.executable}
     said = subprocess.run(
         ["sbatch", "--parsable", *options, str(ROOT / "launch" / "pretrain.sbatch"), *run],
         env=environment, check=True, capture_output=True, text=True, timeout=60,
     ).stdout  # fmt: skip
-    assert slurm.finish(said.strip()) == "COMPLETED", (tmp_path / "job.log").read_text()
+    job = said.strip() + "_3" * len(array)
+    assert slurm.finish(job) == "COMPLETED", (tmp_path / "job.log").read_text()
     assert "attempt 0: done" in (tmp_path / "job.log").read_text()
-    shown = slurm.megatsp("launch", "status", str(tmp_path / "plain")).stdout
-    assert f"job {said.strip()}  COMPLETED" in shown and f"checkpoint: iteration {ITERATIONS}" in shown
+    shown = slurm.megatsp("launch", "status", str(tmp_path / name.replace("%a", "3"))).stdout
+    assert f"job {job}  COMPLETED" in shown and f"checkpoint: iteration {ITERATIONS}" in shown
 
 
 @pytest.mark.parametrize(
@@ -336,6 +344,8 @@ def test_a_task_of_an_array_requeues_alone(start, slurm: Cluster) -> None:
     assert slurm.state(f"{array.job}_{other}") == "RUNNING"
     asked = slurm.megatsp("launch", "status", array.job)
     assert asked.returncode == 2 and f"is an array: give one of its tasks, {array.job}_1" in asked.stderr
+    shown = slurm.megatsp("launch", "status", own[other]).stdout
+    assert f"job {array.job}_{other}  RUNNING" in shown and "attempt 0" in shown
     cancelled = slurm.megatsp("launch", "cancel", array.job)
     assert cancelled.returncode == 0, cancelled.stderr
     assert f"job {array.job}_{other} saves and ends" in cancelled.stdout

@@ -1,15 +1,19 @@
 """What is refused before a job is submitted, and what is said once it is."""
 
 import os
+import re
 import stat
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from runs import overrides
+from runs import ROOT, overrides
 
 from megatsp import cli
+from megatsp.jobs.command import USAGE
 from megatsp.jobs.submit import array_tasks, check_folder, plan
 
 JOB = ("launch.nodes=2", "launch.nproc=2", "parallel.tsp=2", "launch.device=cpu")
@@ -48,6 +52,13 @@ def test_tasks_of_an_array(array: str, tasks: str) -> None:
     assert array_tasks(array) == tasks.split()
 
 
+@pytest.mark.parametrize("array", ["0-99999999", "0-1000", "0-999,2000", f"0-{10**30}:7"])
+def test_more_tasks_than_slurm_takes_are_refused_at_once(array: str) -> None:
+    with pytest.raises(ValueError, match=r"--array .*: [\d,]+ tasks, and at most 1,000 "):
+        array_tasks(array)
+    assert len(array_tasks("0-99900:100")) == 1000
+
+
 @pytest.mark.parametrize("array", ["", "a", "3-1", "1-4:0", "1,,2", "0-3%", "-1"])
 def test_an_unreadable_array_is_refused(array: str) -> None:
     with pytest.raises(ValueError, match="give numbers as sbatch takes them"):
@@ -68,6 +79,12 @@ def test_a_submitted_job_leaves_its_script_and_says_where_to_look(arguments, sba
     assert launch("--dry-run", *arguments) == 0
     assert capsys.readouterr().out == given
     assert folder.is_dir()
+
+
+def test_the_command_that_comes_next_can_be_pasted(arguments, sbatch, tmp_path, capsys):
+    sbatch("echo 12")
+    assert launch(*arguments, f"output_dir='{tmp_path}/my runs'") == 0
+    assert capsys.readouterr().out.endswith(f"\nmegatsp launch status '{tmp_path}/my runs/run'\n")
 
 
 def test_each_task_of_an_array_has_a_folder_of_its_own(arguments, sbatch, tmp_path, capsys):
@@ -139,7 +156,17 @@ def test_slurms_refusal_is_shown_whole(arguments, sbatch, tmp_path, capsys):
     assert launch(*arguments, "launch.slurm.partition=nope") == 2
     said = capsys.readouterr().err
     assert "sbatch: error: invalid partition specified: nope\nsbatch: error: second" in said
-    assert list((tmp_path / "runs" / "run" / "slurm").iterdir()) == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_of_a_refused_job_no_new_folder_is_left_and_no_old_one_is_lost(arguments, sbatch, tmp_path):
+    sbatch("exit 1")
+    (tmp_path / "runs" / "a1").mkdir(parents=True)
+    (tmp_path / "runs" / "a2" / "slurm").mkdir(parents=True)
+    assert launch(*arguments, "--array", "1-3", "name=a%a") == 2
+    assert {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").rglob("*")} == {
+        "a1", "a2", "a2/slurm",
+    }  # fmt: skip
 
 
 def test_without_sbatch_it_says_what_else_there_is(arguments, monkeypatch, capsys, tmp_path):
@@ -182,6 +209,9 @@ def test_without_sbatch_it_says_what_else_there_is(arguments, monkeypatch, capsy
         (["--array", "0-1%0", "name=a%a"], "as sbatch takes them"),
         (["name=a%a"], "give --array"),
         (["--array", "0-1"], "would share a folder"),
+        (["--array", "3"], "would share a folder"),
+        (["--array", "0-1", "name=a%a", "name=b"], "would share a folder"),
+        (["parallel.tsp=-1"], "parallel.tsp=-1 took the 4 ranks that the other axes leave"),
         (["--array", "1-2", "name=a%a", "launch.nproc=%a"], "cannot change launch"),
         (["--array", "one"], "as sbatch takes them"),
         (["--after", "yesterday"], "numbers of jobs"),
@@ -236,8 +266,8 @@ def test_a_dependency_is_sbatchs_own(arguments):
     def after(text: str) -> str:
         return plan("train", arguments, "", text).job.after
 
-    assert [after("12"), after("12,13"), after("afterok:9"), after("singleton")] == [
-        "afterany:12", "afterany:12:13", "afterok:9", "singleton",
+    assert [after("12"), after("12_0,13"), after("afterok:9"), after("singleton")] == [
+        "afterany:12", "afterany:12_0:13", "afterok:9", "singleton",
     ]  # fmt: skip
 
 
@@ -258,6 +288,7 @@ def test_a_folder_on_a_local_disk_is_warned_of(monkeypatch, tmp_path):
     assert check_folder(tmp_path / "run", nodes=1) == ""
     said = check_folder(tmp_path / "run", nodes=2)
     assert "lies on ext4" in said and f"srun ls -d {tmp_path}/run" in said
+    assert f"srun ls -d '{tmp_path}/my run'" in check_folder(tmp_path / "my run", nodes=2)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
@@ -280,6 +311,38 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 def test_launch_names_what_it_cannot_do(given, message, capsys):
     assert cli.main(["launch", *given]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_examples_of_the_help_and_of_the_document_can_be_pasted(tmp_path):
+    """They print what they would do, each by a shell that stops at the first that fails."""
+    examples = USAGE.partition("examples:\n")[2].replace("\\\n", " ").splitlines()
+    launches = [line if "--dry-run" in line else f"{line} --dry-run" for line in examples if "slurm" in line]
+    blocks = re.findall(r"(?:^    .*\n)+", (ROOT / "docs" / "running-on-slurm.md").read_text(), re.MULTILINE)
+    look, submit = (block for block in blocks if "run=(" in block or 'slurm train "${run[@]}"\n' in block)
+    lines = [
+        f'megatsp() {{ {sys.executable} -m megatsp "$@"; }}',
+        *launches,
+        look,
+        f"{submit.rstrip()} --dry-run",
+    ]
+    result = subprocess.run(
+        ["bash", "-ec", "\n".join(lines)],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("#!/bin/bash") == 4 and (tmp_path / "mesh.png").is_file()
+
+
+def test_help_says_all_that_launch_slurm_takes(capsys, arguments, tmp_path):
+    with pytest.raises(SystemExit):
+        launch("--help")
+    said = capsys.readouterr().out
+    assert "[train | sft | preflight] [group=choice | key=value ...]" in said and "--config-dir" in said
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").touch()
+    assert launch("--dry-run", "--config-dir", str(tmp_path), "train", *arguments) == 0
+    assert f"--config-dir {tmp_path})\n" in capsys.readouterr().out
 
 
 def test_torchrun_prints_the_command_of_a_node(arguments, capsys):

@@ -9,7 +9,7 @@ import pytest
 from megatsp import cli
 from megatsp.exit_status import FAILURE, USER_ERROR
 from megatsp.jobs.attempts import Attempt, write_attempts
-from megatsp.jobs.find import jobs_of
+from megatsp.jobs.find import ask, jobs_of
 from megatsp.launcher.failures import Failure
 from megatsp.launcher.outcome import write_outcome
 
@@ -97,6 +97,28 @@ esac
     assert "job 12_[2-4] is cancelled" in capsys.readouterr().out
     assert cli.main(["launch", "status", "12"]) == 2
     assert "job 12 is an array: give one of its tasks, 12_1, 12_[2-4]" in capsys.readouterr().err
+
+
+def test_the_own_number_of_an_arrays_task_is_that_task(run: Path, capsys, tmp_path: Path) -> None:
+    (run / "slurm" / "job_7.sh").rename(run / "slurm" / "job_6_0.sh")
+    (tmp_path / "scontrol").write_text(f"""#!/bin/bash
+first="JobId=7 ArrayJobId=6 ArrayTaskId=0 JobState=RUNNING NodeList=n0 StdOut={run}/slurm/job_7.log"
+last="JobId=6 ArrayJobId=6 ArrayTaskId=1 JobState=RUNNING NodeList=n1 StdOut=/nowhere/slurm/job_6.log"
+case $3 in
+7 | 6_0) echo "$first" ;;
+6) echo "$first"; echo "$last" ;;
+6_1) echo "$last" ;;
+esac
+""")
+    (tmp_path / "scontrol").chmod(0o755)
+    for number in ("7", "6_0"):
+        assert cli.main(["launch", "status", number]) == 0
+        assert f"{run}\njob 6_0  RUNNING  n0\n  attempt 0" in capsys.readouterr().out
+    assert cli.main(["launch", "status", "6"]) == 2
+    assert "job 6 is an array: give one of its tasks, 6_0, 6_1" in capsys.readouterr().err
+    assert (ask("6").number, ask("6").task) == ("6", "6_1")
+    (run / "slurm" / "job_6_0.sh").unlink()  # as plain sbatch has none
+    assert jobs_of(run) == ["6_0"]
 
 
 def test_a_slurm_that_does_not_answer_is_named(run: Path, capsys, monkeypatch, tmp_path: Path) -> None:
