@@ -1,6 +1,7 @@
 """`megatsp launch status | logs | cancel`: how a run's jobs are doing, what they say, and how to end them."""
 
 import json
+import shlex
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -88,7 +89,8 @@ def log_path(run: Path, number: str, rank: int | None, attempt: int | None) -> P
         raise ValueError(f"--rank {rank}: it has no log in {path.parent}; {known}")
     job_log = run / "slurm" / f"{folder.name}.log"
     if not job_log.is_file():
-        raise ValueError(f"job {number} has not begun: it has no log yet (megatsp launch status {run})")
+        shown = shlex.quote(str(run))
+        raise ValueError(f"job {number} has not begun: it has no log yet (megatsp launch status {shown})")
     return job_log
 
 
