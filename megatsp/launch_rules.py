@@ -1,14 +1,16 @@
 """The rules of launch.*: what a job's script can hold, and what must not get into it."""
 
+import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from megatsp.cluster.profiles import SECRET, is_path, load_profile
 from megatsp.schema import LaunchConfig, SlurmConfig
 
 # What a secret's own text looks like: keys of Hugging Face and W&B.
 _SECRET_VALUE = re.compile(r"\bhf_\w{20,}|wandb login +\"?[^-\s\"$`]|\b[0-9a-f]{40}\b")
+_SECRET_CHARACTERS = 8  # what is shorter than that also stands in other text
 _ASSIGNED = re.compile(r"(\w+)=\"?(?=[^\s\"$`])")  # what the shell expands is not in the text
 # What a job's script says itself: by which key, or "" for what must be so.
 _OURS = {
@@ -39,7 +41,20 @@ _SLURM_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINIT
 
 
 def launch_errors(launch: LaunchConfig) -> Iterator[str]:
-    """What is wrong with a job's keys, one message a mistake."""
+    """What is wrong with a job's keys, one message a mistake, none of which holds a secret."""
+    for message in _launch_errors(launch):
+        for name, value in secrets_of(os.environ).items():
+            message = message.replace(value, f"${name}")
+        yield _SECRET_VALUE.sub("***", message)
+
+
+def secrets_of(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables whose name says that they hold a secret, if they are long enough to."""
+    found = {name: value.strip() for name, value in environ.items() if SECRET.search(name)}
+    return {name: value for name, value in found.items() if len(value) >= _SECRET_CHARACTERS}
+
+
+def _launch_errors(launch: LaunchConfig) -> Iterator[str]:
     if not is_path(launch.profile):  # one of the user's own is read where it is applied, not of an old run
         try:
             load_profile(launch.profile)
@@ -47,7 +62,8 @@ def launch_errors(launch: LaunchConfig) -> Iterator[str]:
             yield f"launch.profile: {error}"
     yield from _script_errors(launch.slurm)
     for option in launch.slurm.options:
-        yield from _option_errors(option, launch)
+        if not secret_set_in(option):  # a message of _option_errors holds it
+            yield from _option_errors(option, launch)
     for text in [*launch.slurm.setup, *launch.slurm.options, launch.slurm.container]:
         if name := secret_set_in(text):
             yield (
@@ -121,7 +137,7 @@ def _script_errors(slurm: SlurmConfig) -> Iterator[str]:
     try:
         shlex.split(slurm.container)
     except ValueError as error:
-        yield f"launch.slurm.container={slurm.container}: {str(error).lower()}"
+        yield f"launch.slurm.container: {str(error).lower()}"
 
 
 def _option_errors(option: str, launch: LaunchConfig) -> Iterator[str]:

@@ -8,15 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatsp.cluster.mesh import placement_errors
-from megatsp.cluster.profiles import SECRET
+from megatsp.cluster.profiles import load_profile
 from megatsp.compose import compose
 from megatsp.data.source_list import read_sources
-from megatsp.jobs.script import TASK, Job, script
-from megatsp.launch_rules import options_set, set_by_script
+from megatsp.jobs.script import TASK, Job, body, script
+from megatsp.launch_rules import options_set, secrets_of, set_by_script
 from megatsp.parallel_rules import filled_in
 from megatsp.schema import AXES, Config, LaunchConfig
 from megatsp.training.wandb_login import check_login
@@ -80,8 +81,6 @@ def plan(command: str, arguments: Sequence[str], array: str, after: str) -> Plan
     if errors := placement_errors(sizes, first.launch.nproc):
         origins = filled_in(given.parallel, first.parallel, errors)
         raise ValueError("\n  - ".join(["the mesh does not fit the nodes:", *errors, *origins]))
-    slurm = first.launch.slurm
-    _check_secrets([*arguments, *slurm.setup, *slurm.options, slurm.container])
     run = f"{Path(first.output_dir).expanduser().absolute()}/{name if array else first.name}"
     job = Job(
         first,
@@ -93,6 +92,7 @@ def plan(command: str, arguments: Sequence[str], array: str, after: str) -> Plan
         array,
         _dependency(after),
     )
+    _check_secrets(job, configs)
     return Planned(job, runs, tuple(configs))
 
 
@@ -267,15 +267,33 @@ def _check_tasks(configs: Sequence[Config]) -> None:
             )
 
 
-def _check_secrets(texts: Sequence[str]) -> None:
-    """Refuses what would write a secret of the environment into the job's script, which others may read."""
-    for text in texts:
-        for name, value in os.environ.items():
-            if SECRET.search(name) and len(value) >= 8 and value in text:
-                raise ValueError(
-                    f"an argument holds the value of {name}, and would write it into the job's script: leave "
-                    "it out; jobs get your environment from Slurm"
-                )
+def _check_secrets(job: Job, configs: Sequence[Config]) -> None:
+    """Refuses what would write a secret of the environment into files that others may read.
+
+    These are the job's script and the runs' configurations. The parts are looked at too, as they are before
+    they are quoted for the script; its body is not, which is the same for all.
+    """
+    profile = [text for v in load_profile(job.config.launch.profile).variables for text in (v.value, v.why)]
+    head = script(job).removesuffix(body())
+    settings = [text for config in configs for text in _texts(asdict(config))]
+    for name, value in secrets_of(os.environ).items():
+        if any(value in text for text in (head, *job.overrides, *profile, *settings)):
+            raise ValueError(
+                f"the value of {name} would be written into the job's script or configuration: leave it out "
+                "of arguments, configuration files and the profile; jobs get your environment from Slurm"
+            )
+
+
+def _texts(values: Any) -> Iterator[str]:
+    """All texts in nested settings."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield from (str(name), *_texts(value))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _texts(value)
 
 
 def _dependency(after: str) -> str:

@@ -3,6 +3,7 @@
 import base64
 import http.client
 import json
+import os
 import re
 import threading
 import urllib.error
@@ -11,28 +12,36 @@ from typing import Any
 
 from megatsp.schema import Config
 from megatsp.training.wandb_run import wandb_mode
-from megatsp.training.wandb_server import api_key, server_url
+from megatsp.training.wandb_server import api_key, login_page, server_url, without_user
 
 _PATIENCE_S = 10.0
 _QUERY = json.dumps({"query": "query { viewer { username } }"}).encode()
-_FIX = "get one at {server}/authorize and export WANDB_API_KEY, or set logging.wandb=offline or disabled"
+_FIX = "get one at {page} and export WANDB_API_KEY, or set logging.wandb=offline or disabled"
 
 
 def check_login(config: Config) -> str:
     """Asks the W&B server whether it knows the key that a run of `config` would use; for 10 s at most.
 
-    Returns a line to print where that cannot be found out, or where there is no key; else "". The key is in
-    no message.
+    Returns a line to print where that cannot be found out, or where there is no key; else "". The key and the
+    password of an address are in no message.
 
     Raises:
         ValueError: the key cannot be one, or the server refuses it.
     """
-    if wandb_mode(config.logging.wandb) != "online":
+    wanted = config.logging.wandb
+    mode = wandb_mode(wanted)
+    if mode == "offline" and wanted == "auto" and not os.environ.get("WANDB_MODE"):
+        return (
+            f"Weights & Biases: no key for {without_user(server_url())}, so the run is kept offline; to have "
+            "it online, `wandb login` or export WANDB_API_KEY before submitting (logging.wandb=offline: this "
+            "is meant)"
+        )
+    if mode != "online":
         return ""
-    server = server_url()
-    key, fix = api_key(server), _FIX.format(server=server.replace("://api.", "://", 1))
+    address = server_url()
+    key, server, fix = api_key(address), without_user(address), _FIX.format(page=login_page(address))
     if not key:
-        if config.logging.wandb == "online":
+        if wanted == "online":
             raise ValueError(f"logging.wandb=online, but there is no key for {server}: {fix}")
         return f"Weights & Biases: no key for {server} was found to check"
     if not re.fullmatch(r"[\w.-]{40,}", key):

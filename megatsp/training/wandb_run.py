@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from megatsp.checkpoint.paths import replace_text
-from megatsp.launch_rules import SECRET
+from megatsp.launch_rules import secrets_of
 from megatsp.schema import Config
 from megatsp.training.wandb_file import last_step
-from megatsp.training.wandb_server import api_key, server_url
+from megatsp.training.wandb_server import api_key, server_url, without_user
 from megatsp.training.wandb_service import abandon, finish, patiently
 
 RUN_ID = "wandb_run_id"  # in the run's folder: a run that has no checkpoint yet keeps its id, too
@@ -128,6 +128,7 @@ def start(config: Config, folder: Path, run_id: str, about: Mapping[str, Any], b
             run = _begin(config, root, run_id, settings, mode)
         except Exception as error:
             why = _variable_of(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+            why = without_user(why)
             is_refused = isinstance(
                 error, wandb.errors.AuthenticationError | wandb.errors.UsageError | ValidationError
             )
@@ -258,7 +259,7 @@ def _known_step(run: Any, run_id: str) -> int:
 
 def _has_secret(arguments: list[str]) -> bool:
     """Whether the program's arguments, which W&B's metadata lists, hold a secret of the environment."""
-    values = [value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= 8]
+    values = secrets_of(os.environ).values()
     return any(value in argument for argument in arguments for value in values)
 
 

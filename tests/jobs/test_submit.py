@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import ROOT, overrides
 
 from megatsp import cli
@@ -233,6 +234,65 @@ def test_the_value_of_a_secret_is_refused_and_not_shown(arguments, sbatch, monke
     assert launch(*arguments, "logging.wandb_project=s3cr3t-s3cr3t") == 2
     said = capsys.readouterr()
     assert "MY_TOKEN" in said.err and "s3cr3t" not in said.err + said.out
+
+
+@pytest.mark.parametrize("secret", ["s3cr3t-s3cr3t", "s3cr3t'$s3cr3t\"`}"])
+@pytest.mark.parametrize("place", ["interpolation", "file", "profile", "folder"])
+def test_a_secret_is_found_where_no_argument_holds_it(
+    arguments, monkeypatch, tmp_path, capsys, secret, place
+):
+    monkeypatch.setenv("MY_TOKEN", secret)
+    (tmp_path / "experiment").mkdir()
+    mine = {"logging": {"wandb_project": "${oc.env:MY_TOKEN}"}}
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(mine)}")
+    variables = {"HARMLESS": {"value": secret, "why": "none"}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"about": "mine", "variables": variables}))
+    folder = tmp_path / "s3cr3t-s3cr3t"
+    folder.mkdir()
+    if place == "folder":
+        monkeypatch.setenv("MY_TOKEN", folder.name)
+        monkeypatch.chdir(folder)
+    more = {
+        "interpolation": ["logging.wandb_project='${oc.env:MY_TOKEN}'"],
+        "file": ["--config-dir", str(tmp_path), "experiment=mine"],
+        "profile": [f"launch.profile={tmp_path}/own.yaml"],
+        "folder": [],
+    }[place]
+    assert launch("--dry-run", *arguments, *more) == 2
+    said = capsys.readouterr()
+    assert "the value of MY_TOKEN would be written" in said.err and "s3cr3t" not in said.err + said.out
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "launch.slurm.options=['--export=HF_TOKEN=hf_s3cr3t']",
+        "launch.slurm.options=['HF_TOKEN=hf_s3cr3t']",
+        "launch.slurm.options=['--output=s3cr3t-s3cr3t']",
+        "launch.slurm.options=['--output=hf_s3cr3ts3cr3ts3cr3ts3cr3t']",
+        "launch.slurm.container='env \"HF_TOKEN=s3cr3t'",
+        "launch.slurm.partition='a ${oc.env:MY_TOKEN}'",
+        "launch.slurm.time='${oc.env:MY_TOKEN}'",
+    ],
+)
+def test_a_refusal_does_not_show_a_secret(arguments, monkeypatch, capsys, more):
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t-s3cr3t")
+    assert launch("--dry-run", *arguments, more) == 2
+    said = capsys.readouterr()
+    assert "launch.slurm." in said.err and "s3cr3t" not in said.err + said.out
+
+
+def test_a_run_that_is_kept_offline_for_want_of_a_key_is_said_at_submission(
+    arguments, sbatch, monkeypatch, tmp_path, capsys
+):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    sbatch("echo 12")
+    assert launch(*arguments, "logging.wandb=auto") == 0
+    assert "so the run is kept offline; to have it online, `wandb login`" in capsys.readouterr().out
+    assert launch(*arguments, "logging.wandb=offline", "name=other") == 0
+    assert "Weights & Biases" not in capsys.readouterr().out
 
 
 def test_a_dead_wandb_key_is_found_at_submission(arguments, sbatch, tmp_path, monkeypatch, capsys):

@@ -165,6 +165,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys)
     assert "cannot write" not in capsys.readouterr().out
 
 
+def test_a_refused_server_is_named_without_its_password(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://someone:pass@wandb.ai")
+    wandb.teardown()
+    with pytest.raises(ValueError, match="WANDB_BASE_URL: .*http://wandb.ai is not a valid") as refused:
+        Reporter(CONFIG, tmp_path, 0, "", active=True).close()
+    assert "pass" not in str(refused.value)
+    wandb.teardown()
+
+
 @pytest.mark.parametrize("argument", ["name=a", "name=hidden-0123"])
 def test_w_and_b_lists_no_argument_that_holds_a_secret(tmp_path, monkeypatch, argument):
     monkeypatch.setenv("MY_TOKEN", "hidden-0123")
