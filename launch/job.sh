@@ -74,7 +74,8 @@ run() {
     status=$?
     step=
     ended "$copy"
-    ((status <= 128)) || end_steps
+    # Where Slurm ends the job, it ends its steps too, and leaves little time.
+    [[ $asked ]] || ((status <= 128)) || end_steps
     return "$status"
 }
 

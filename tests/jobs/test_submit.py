@@ -104,10 +104,12 @@ def test_data_that_is_not_seen_is_warned_of(arguments, sbatch, capsys, tmp_path)
 
 def test_options_that_contradict_nothing_pass(arguments):
     options = ["--mail-type=END", "--gres=nvme:1", "--comment 'a b'", "-w n1", "--time-min=10", "-v"]
-    plan("train", [*arguments, f"launch.slurm.options={options}"], "", "")
+    planned = plan("train", [*arguments, f"launch.slurm.options={options}"], "", "")
+    assert planned.job.config.launch.slurm.options == options
     own = ["--gres=gpu:mi300x:2", "--mem=10G"]
     free = ["launch.device=auto", "launch.slurm.gpu_request=none", "launch.slurm.exclusive=false"]
-    plan("train", [*arguments, *free, f"launch.slurm.options={own}"], "", "")
+    planned = plan("train", [*arguments, *free, f"launch.slurm.options={own}"], "", "")
+    assert planned.job.config.launch.slurm.options == own
 
 
 def test_what_is_no_secret_passes(arguments, monkeypatch):
