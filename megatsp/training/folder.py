@@ -16,13 +16,14 @@ from megatsp.checkpoint.find import find_good
 from megatsp.checkpoint.manifest import FIX, Damaged
 from megatsp.compose import from_yaml
 from megatsp.schema import Config
+from megatsp.training.events import EVENTS
 from megatsp.training.logs import read_metrics
 from megatsp.training.wandb_run import RUN_ID
 
 LOCK = ".lock"
 _SILENT_S = 2.0  # that nobody need be told of a wait
-# What a run may leave that ended before it had written its configuration.
-_OF_SET_UP = {LOCK, "config.yaml.tmp", "hangs", "out_of_memory", "slurm"}
+# What a run may leave that ended before it had written its configuration, its job, and a report of both.
+_OF_SET_UP = {LOCK, "config.yaml.tmp", "hangs", "out_of_memory", "slurm", EVENTS, "report.html"}
 
 # A resumed run may change anything but these: they decide the model, or which sample comes next. The weights
 # that are tuned are compared by content: see `megatsp.training.base`.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatsp.compose import compose
 from megatsp.exit_status import FAILURE, HARDWARE, REQUEUE, USER_ERROR
 from megatsp.jobs import attempt
 from megatsp.jobs.attempts import folder_of, read_attempts
@@ -13,6 +14,7 @@ from megatsp.launcher.outcome import read_outcomes, write_done, write_outcome
 from megatsp.preflight.decide import Answer, judge_nodes
 from megatsp.preflight.roll_call import _write
 from megatsp.training.events import read_objects
+from megatsp.training.folder import find_checkpoints
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nRuntimeError: no'
 
@@ -82,6 +84,8 @@ def test_the_first_failing_ranks_traceback_is_in_the_jobs_log(script: Script) ->
     write_outcome(folder, Failure(0, FAILURE, "RuntimeError: connection closed", "Traceback ..."))
     assert script.end(0, "--status", "1") == ["again", "5"]
     assert f"error: rank 1: RuntimeError: no on n1\n{TRACEBACK}\n" in script.said
+    config = compose([f"output_dir={script.run.parent}", f"name={script.run.name}"])
+    assert find_checkpoints(config, print) == []  # what the job leaves keeps no run out of its folder
     (event,) = read_objects(script.run / "events.jsonl")
     assert event["kind"] == "attempt failed"
     assert event["text"].startswith("attempt 0: rank 1: RuntimeError: no: again: it starts again")
