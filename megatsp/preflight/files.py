@@ -1,10 +1,11 @@
 """The files by which preflight tells a job's script which nodes to run on."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from megatsp.checkpoint.paths import replace_text
 
 NODES = "nodes.txt"  # the nodes that the job runs on
 PRESENT = "present.txt"  # those and the good spares: what is measured
@@ -14,7 +15,7 @@ MEASURED = "preflight.json"
 
 def write_names(path: Path, names: Sequence[str]) -> None:
     """One name a line, in the order of the allocation."""
-    _replace(path, "".join(f"{name}\n" for name in names))
+    replace_text(path, "".join(f"{name}\n" for name in names))
 
 
 def read_names(path: Path) -> list[str]:
@@ -23,20 +24,10 @@ def read_names(path: Path) -> list[str]:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    _replace(path, json.dumps(report, indent=1) + "\n")
+    replace_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def read_report(path: Path) -> dict[str, Any]:
     """What `write_report` wrote."""
     report: dict[str, Any] = json.loads(path.read_text())
     return report
-
-
-def _replace(path: Path, text: str) -> None:
-    """So that nobody ever reads half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -8,6 +8,7 @@ Exit status: 0, there are enough good nodes, also of ranks that came too late to
 mistake; 77, too few nodes are as they should be, or rank 0 cannot be reached.
 """
 
+import math
 import os
 import socket
 import sys
@@ -93,9 +94,7 @@ def read_mesh(text: str) -> dict[str, int]:
 
 def check_mesh(sizes: Mapping[str, int], nodes: int, ranks_per_node: int) -> None:
     """Raises ValueError unless the mesh has the nodes' ranks and every tsp and tp group lies in one node."""
-    product = 1
-    for size in sizes.values():
-        product *= size
+    product = math.prod(sizes.values())
     if product != nodes * ranks_per_node:
         shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise ValueError(

@@ -66,11 +66,8 @@ def transfers(config: Config) -> list[Transfer]:
 def groups(axes: Sequence[str], parallel: ParallelConfig) -> list[list[int]]:
     """The groups that span these axes, each as its ranks in order."""
     sizes = axis_sizes(parallel)
-    world = 1
-    for size in sizes:
-        world *= size
     found: dict[tuple[int, ...], list[int]] = {}
-    for rank in range(world):
+    for rank in range(math.prod(sizes)):
         place = coordinates(rank, sizes)
         found.setdefault(tuple(place[axis] for axis in AXES if axis not in axes), []).append(rank)
     return list(found.values())
