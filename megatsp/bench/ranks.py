@@ -1,17 +1,19 @@
-"""Runs a function on several ranks of this machine, in processes that are new each time.
+"""Runs functions on several ranks of this machine.
 
 Ranks are forked from a server that has imported torch once, so four start in well under a
 second; the server itself touches no GPU and no process group. They meet in a file, not at a
-port. A rank that has returned or failed lives on until the parent has heard from all it needs,
-so that no rank fails because another one left; then all are killed, with whatever they started.
-They also end themselves when the parent goes, however that one ends. Ctrl-C is the parent's alone,
-and waits while ranks are started and killed.
+port. `run_ranks` calls one function on processes that are new; `Ranks` are processes that wait
+for calls until they are closed. A rank that has returned or failed lives on until the parent has
+heard from all it needs, so that no rank fails because another one left; then all are killed, with
+whatever they started. They also end themselves when the parent goes, however that one ends.
+Ctrl-C is the parent's alone, and waits while ranks are started and killed.
 """
 
 import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -81,62 +84,133 @@ def run_ranks(
     timeout_s: float = 120,
     preload: Sequence[str] = PRELOAD,
 ) -> list[Any]:
-    """Calls fn(*args) on every rank and returns what they return, in the order of ranks.
+    """Calls fn(*args) once on ranks that are new, and returns what they return, in the order of ranks.
 
-    The parent's environment, working directory, sys.path and warning filters hold in the ranks, and
-    LOCAL_RANK is set. Each rank gets its share of the cores.
+    See `Ranks` for what holds in a rank, and for the other arguments.
 
     Args:
         fn: a function at the top level of a module, which the ranks import.
-        world_size: number of ranks.
         args: pickled, so that ranks share no memory with the parent or with each other.
-        device: launch.device; it decides between gloo and NCCL.
-        join: whether the default process group is initialised.
-        quiet: whether what ranks print is kept for their failures, and not shown.
         timeout_s: seconds after which all ranks are killed.
-        preload: modules that the server imports; those of the first call in this process count.
 
     Raises:
         RanksFailedError: a rank raised or died.
         TimeoutError: some ranks have not returned in time; their numbers are in the message.
     """
-    deadline = time.monotonic() + timeout_s
     call = pickle.dumps((fn, args))
-    connections: list[Connection] = []
-    processes: list[Any] = []
-    with _interrupts() as interrupts, tempfile.TemporaryDirectory(prefix="megatsp-ranks-") as folder:
-        store = str(Path(folder) / "store") if join else ""
-        environment, filters = dict(os.environ), list(warnings.filters)
-        surroundings = _Surroundings(environment, filters, world_size, store, device, folder if quiet else "")
+    kind = Kind(world_size, device, join, quiet)
+    # Longer than the parent waits: a hanging collective is the parent's to report.
+    with interrupts_wait() as interrupts:
+        ranks = Ranks(kind, group_timeout_s=timeout_s + 30, preload=preload)
         try:
-            _start_server(preload)
-            for rank in range(world_size):
-                _start(processes, connections, call, rank, surroundings, timeout_s)
             interrupts.let_in()
-            return _results(processes, connections, deadline, timeout_s, surroundings.log_folder)
+            return ranks.call_pickled(call, timeout_s)
         finally:
             interrupts.wait = True
-            while processes:  # popped, so that nothing is left to destroy where an interrupt no longer waits
-                _kill(processes.pop())
-            while connections:
-                connections.pop().close()
+            ranks.close()
 
 
-def _start(
-    processes: list[Any],
-    connections: list[Connection],
-    call: bytes,
-    rank: int,
-    surroundings: "_Surroundings",
-    timeout_s: float,
-) -> None:
-    context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe()
-    connections.append(ours)
-    process = context.Process(target=_rank, args=(call, rank, theirs, surroundings, timeout_s))
-    process.start()
-    processes.append(process)
-    theirs.close()  # only the rank holds it, so its death is our end of file
+@dataclass(frozen=True)
+class Kind:
+    """What ranks are.
+
+    device: launch.device; it decides between gloo and NCCL. join: whether the default process group is
+    initialised. quiet: whether what ranks print is kept for their failures, and not shown.
+    """
+
+    world_size: int
+    device: str = "cpu"
+    join: bool = True
+    quiet: bool = False
+
+
+class Ranks:
+    """Processes of this machine that wait for calls, one process group over all of them.
+
+    During a call the parent's environment, working directory, sys.path and warning filters hold in the
+    ranks, and LOCAL_RANK is set. Each rank gets its share of the cores. After a call that failed, only
+    `close` is left to do: other ranks may still be in it.
+
+    Args:
+        kind: how many, and what they are.
+        group_timeout_s: timeout of the process group's collectives.
+        preload: modules that the fork server imports; those of the first call in this process count.
+    """
+
+    def __init__(self, kind: Kind, group_timeout_s: float, preload: Sequence[str] = PRELOAD) -> None:
+        self._kind = kind
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="megatsp-ranks-")
+        try:
+            _start_server(preload)
+            context = multiprocessing.get_context("forkserver")
+            for rank in range(kind.world_size):
+                ours, theirs = context.Pipe()
+                self._connections.append(ours)
+                arguments = (rank, kind, theirs, self._folder.name, group_timeout_s)
+                process = context.Process(target=_rank, args=arguments)
+                process.start()
+                self._processes.append(process)
+                theirs.close()  # only the rank holds it, so its death is our end of file
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, fn: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
+        """Calls fn(*args) on every rank; arguments, results and errors are those of `run_ranks`."""
+        return self.call_pickled(pickle.dumps((fn, args)), timeout_s)
+
+    def call_pickled(self, call: bytes, timeout_s: float) -> list[Any]:
+        """The same for a pickled pair of function and arguments."""
+        surroundings = _Surroundings(dict(os.environ), os.getcwd(), list(sys.path), list(warnings.filters))
+        message = pickle.dumps((call, surroundings))
+        for connection in self._connections:
+            with suppress(BrokenPipeError):  # a rank that is dead is found so by whoever waits for it
+                connection.send_bytes(message)
+        return self._results(timeout_s)
+
+    def close(self) -> None:
+        """Kills the ranks, with whatever they started."""
+        while self._processes:  # popped, so that nothing is left to destroy where an interrupt does not wait
+            _kill(self._processes.pop())
+        while self._connections:
+            self._connections.pop().close()
+        self._folder.cleanup()
+
+    def _results(self, timeout_s: float) -> list[Any]:
+        deadline, world_size = time.monotonic() + timeout_s, self._kind.world_size
+        results: dict[int, Any] = {}
+        failures: list[Failure] = []
+        while waiting := [rank for rank in range(world_size) if rank not in results]:
+            waited_for = [self._connections[rank] for rank in waiting]
+            ready = wait(waited_for, max(0.0, deadline - time.monotonic()))
+            if not ready and failures:
+                break
+            if not ready:
+                raise TimeoutError(f"ranks {waiting} of {world_size} have not returned in {timeout_s:g} s")
+            for rank in (rank for rank in waiting if self._connections[rank] in ready):
+                report = self._report(rank)
+                results[rank] = report.result
+                if report.summary:
+                    output = self._end_of_log(rank)
+                    failures.append(Failure(rank, report.summary, report.traceback, output))
+                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+        if failures:
+            raise RanksFailedError(failures, world_size)
+        return [results[rank] for rank in range(world_size)]
+
+    def _report(self, rank: int) -> "_Report":
+        try:
+            return pickle.loads(self._connections[rank].recv_bytes())  # type: ignore[no-any-return]
+        except (EOFError, ConnectionResetError):
+            process = self._processes[rank]
+            process.join()
+            return _Report(summary=f"it died with exit code {process.exitcode}")
+
+    def _end_of_log(self, rank: int) -> str:
+        log = Path(self._folder.name, f"rank{rank}.log")
+        return log.read_text(errors="replace")[-4000:] if self._kind.quiet else ""
 
 
 class _Interrupts:
@@ -153,7 +227,7 @@ class _Interrupts:
 
 
 @contextmanager
-def _interrupts() -> Iterator[_Interrupts]:
+def interrupts_wait() -> Iterator[_Interrupts]:
     """Inside, Ctrl-C, and SIGTERM where Python handles it, wait to the end or until `wait` is false.
 
     Python raises KeyboardInterrupt between any two instructions. In a destructor it is printed and
@@ -199,41 +273,6 @@ def _start_server(preload: Sequence[str]) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _results(
-    processes: list[Any],
-    connections: list[Connection],
-    deadline: float,
-    timeout_s: float,
-    log_folder: str,
-) -> list[Any]:
-    results: dict[int, Any] = {}
-    world_size = len(processes)
-    failures: list[Failure] = []
-    while waiting := [rank for rank in range(world_size) if rank not in results]:
-        ready = wait([connections[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
-        if not ready and failures:
-            break
-        if not ready:
-            raise TimeoutError(f"ranks {waiting} of {world_size} have not returned in {timeout_s:g} s")
-        for rank in (rank for rank in waiting if connections[rank] in ready):
-            try:
-                summary, trace, results[rank] = pickle.loads(connections[rank].recv_bytes())
-            except (EOFError, ConnectionResetError):
-                processes[rank].join()
-                summary, trace = f"it died with exit code {processes[rank].exitcode}", ""
-                results[rank] = None
-            if summary:
-                failures.append(Failure(rank, summary, trace, _end_of_log(log_folder, rank)))
-                deadline = min(deadline, time.monotonic() + _GRACE_S)
-    if failures:
-        raise RanksFailedError(failures, world_size)
-    return [results[rank] for rank in range(world_size)]
-
-
-def _end_of_log(log_folder: str, rank: int) -> str:
-    return Path(log_folder, f"rank{rank}.log").read_text(errors="replace")[-4000:] if log_folder else ""
-
-
 def _kill(process: Any) -> None:
     """Ends a rank and the processes it started: it leads a process group of its own."""
     try:
@@ -246,50 +285,62 @@ def _kill(process: Any) -> None:
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """What a rank takes over from its parent, and where it meets the others."""
+    """What a rank takes over from its parent for a call."""
 
     environment: dict[str, str]
+    folder: str
+    path: list[str]
     filters: list[Any]
-    world_size: int
-    store: str  # the file to meet in; "" joins nothing
-    device: str
-    log_folder: str  # for what ranks print; "" shows it
 
 
-def _rank(call: bytes, rank: int, parent: Connection, surroundings: _Surroundings, timeout_s: float) -> None:
-    """A rank's life: join, call, report, wait to be killed."""
+@dataclass(frozen=True)
+class _Report:
+    """What a rank says after a call: its result, or the failure."""
+
+    result: Any = None
+    summary: str = ""
+    traceback: str = ""
+
+
+def _rank(rank: int, kind: Kind, parent: Connection, folder: str, group_timeout_s: float) -> None:
+    """A rank's life: it joins, then answers call after call until it is killed."""
     os.setpgrp()
-    watch = threading.Thread(target=_end_with, args=(parent,), daemon=True)
-    watch.start()
+    calls: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_listen, args=(parent, calls), daemon=True).start()
     _prefer_to_be_killed()
-    os.environ.clear()
-    os.environ.update(surroundings.environment, LOCAL_RANK=str(rank))
-    if surroundings.log_folder:
-        log = os.open(Path(surroundings.log_folder, f"rank{rank}.log"), os.O_WRONLY | os.O_CREAT)
+    if kind.quiet:
+        log = os.open(Path(folder, f"rank{rank}.log"), os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-    warnings.simplefilter("error")  # also forgets which warnings were shown
-    warnings.filters[:] = surroundings.filters  # type: ignore[index]  # typeshed hides that it is a list
-    try:
-        world_size = surroundings.world_size
-        torch.set_num_threads(max(1, num_cores() // world_size))
-        if surroundings.store:
-            # Longer than the parent waits: a hanging collective is the parent's to report.
-            store = dist.FileStore(surroundings.store, world_size)
-            device = choose_device(surroundings.device)
-            join(device, timeout_s + 30, store=store, rank=rank, world_size=world_size)
-        fn, args = pickle.loads(call)
-        report = pickle.dumps(("", "", fn(*args)))
-    except BaseException as error:
-        summary = traceback.format_exception_only(error)[-1].strip()
-        report = pickle.dumps((summary, traceback.format_exc(), None))
-    parent.send_bytes(report)
-    watch.join()
+    has_joined = not kind.join
+    while True:
+        call, surroundings = pickle.loads(calls.get())
+        os.environ.clear()
+        os.environ.update(surroundings.environment, LOCAL_RANK=str(rank))
+        os.chdir(surroundings.folder)
+        sys.path[:] = surroundings.path
+        warnings.simplefilter("error")  # also forgets which warnings were shown
+        warnings.filters[:] = surroundings.filters  # type: ignore[index]  # typeshed hides that it is a list
+        torch.set_num_threads(max(1, num_cores() // kind.world_size))
+        try:
+            if not has_joined:
+                store = dist.FileStore(str(Path(folder, "store")), kind.world_size)
+                device = choose_device(kind.device)
+                join(device, group_timeout_s, store=store, rank=rank, world_size=kind.world_size)
+                has_joined = True
+            fn, args = pickle.loads(call)
+            report = pickle.dumps(_Report(fn(*args)))
+        except BaseException as error:
+            summary = traceback.format_exception_only(error)[-1].strip()
+            report = pickle.dumps(_Report(summary=summary, traceback=traceback.format_exc()))
+        parent.send_bytes(report)
 
 
-def _end_with(parent: Connection) -> None:
-    """Kills this rank, and what it started, once the parent has gone: nothing else ends the poll."""
-    parent.poll(None)
+def _listen(parent: Connection, calls: "SimpleQueue[bytes]") -> None:
+    """Hands on what the parent sends; kills this rank, and what it started, once the parent has gone."""
+    with suppress(EOFError, OSError):
+        while True:
+            calls.put(parent.recv_bytes())
     os.killpg(0, signal.SIGKILL)
 
 
