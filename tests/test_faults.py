@@ -20,6 +20,7 @@ from megatsp.checkpoint.paths import LATEST, folder_of  # noqa: E402
 KINDS = ("kill-save", "sigterm", "flip", "nan-machine")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
 def test_a_few_faults(tmp_path):
     chosen = [word for kind in KINDS for word in ("--only", kind)]

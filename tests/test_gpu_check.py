@@ -20,6 +20,7 @@ def gpu_check(monkeypatch):
     return importlib.import_module("gpu_check")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_whole_check_runs_on_a_cpu(tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}

@@ -127,6 +127,7 @@ def test_a_job_trains_and_finishes(start, slurm: Cluster) -> None:
     assert "iteration       30/      30" in slurm.megatsp("launch", "logs", run.job).stdout
 
 
+@pytest.mark.slow
 def test_a_job_of_one_rank_trains_and_finishes(start, slurm: Cluster) -> None:
     one = ("launch.nodes=1", "launch.nproc=1", "parallel.tsp=1", "launch.slurm.tasks=gpu")
     run = start(*one, "launch.preflight=full")
@@ -234,6 +235,7 @@ def test_a_node_whose_preflight_dies_is_replaced(start, slurm: Cluster) -> None:
     assert (last.action, node in last.nodes) == ("done", False)
 
 
+@pytest.mark.slow
 def test_the_same_death_twice_stops_the_job_with_the_reason(start, slurm: Cluster) -> None:
     run = start("launch.nodes=1", "launch.preflight=none", "launch.restart_backoff_s=0")
     for number in (0, 1):
@@ -271,7 +273,9 @@ def test_cancelling_saves_and_does_not_come_back(start, slurm: Cluster) -> None:
     assert again.returncode == 2 and "is over" in again.stderr
 
 
-@pytest.mark.parametrize(("array", "name"), [((), "plain"), (("--array=3",), "plain%a")])
+@pytest.mark.parametrize(
+    ("array", "name"), [pytest.param((), "plain", marks=pytest.mark.slow), (("--array=3",), "plain%a")]
+)
 def test_plain_sbatch_does_the_same(slurm: Cluster, corpus: Path, tmp_path: Path, array, name) -> None:
     options = [
         *array,
@@ -324,6 +328,7 @@ def test_status_of_what_is_no_job_is_an_error(slurm: Cluster, tmp_path: Path) ->
         assert result.returncode == 2 and message in result.stderr
 
 
+@pytest.mark.slow
 def test_a_task_of_an_array_requeues_alone(start, slurm: Cluster) -> None:
     one = ("launch.nodes=1", "launch.preflight=none", "checkpoint.save_interval=2")
     array = start(*one, "--array", "1-2", "name=task%a", "trainer.seed=%a")
