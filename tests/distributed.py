@@ -40,7 +40,7 @@ def run_distributed(
     """Calls fn(*args) on every rank, the default process group initialised, and returns their results.
 
     The parent's environment, working directory, sys.path and warning filters (so: warnings
-    are errors) hold in the ranks. Each rank gets its share of the cores.
+    are errors) hold in the ranks. A rank has one thread, a fresh one its share of the cores.
 
     Args:
         fn: a function at the top level of a module, which the ranks import.
@@ -97,6 +97,7 @@ def close_pools() -> None:
 def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, bool]:
     """What fn returns, and whether it left this rank as it was."""
     _destroy_groups()
+    torch.set_num_threads(1)
     axes.init_device_mesh = _mesh  # type: ignore[assignment]
     axes.DeviceMesh = _mesh_of_ranks  # type: ignore[assignment,misc]
     torch.manual_seed(_FIRST_SEED)
