@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+from waiting import LIMIT_S
+
 from megatsp.bench.ranks import PRELOAD, RanksFailedError, run_ranks
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = LIMIT_S
+) -> list[Any]:
     """Calls fn(*args) on every rank, the default process group initialised, and returns their results.
 
     The parent's environment, working directory, sys.path and warning filters (so: warnings

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runs import RANK_VARIABLES, ROOT
+from waiting import LIMIT_S
 
 SCRIPT = ROOT / "scripts" / "slurm_cluster.sh"
 
@@ -27,7 +28,7 @@ class Cluster:
     def ask(self, *command: str) -> str:
         """What one of Slurm's commands prints."""
         return subprocess.run(
-            command, env=self.environment, check=True, capture_output=True, text=True, timeout=60
+            command, env=self.environment, check=True, capture_output=True, text=True, timeout=LIMIT_S
         ).stdout
 
     def megatsp(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
@@ -90,7 +91,7 @@ class Cluster:
 
     def bring_back(self, node: str) -> None:
         """Starts it again."""
-        subprocess.run(["slurmd", "-N", node], env=self.environment, check=True, timeout=60)
+        subprocess.run(["slurmd", "-N", node], env=self.environment, check=True, timeout=LIMIT_S)
         self.wait(
             lambda: "idle" in self.ask("sinfo", "-h", "-n", node, "-p", "all", "-o", "%t"), f"{node} is up"
         )
@@ -101,14 +102,14 @@ def cluster(folder: Path, nodes: int, cpus: int) -> Iterator[Cluster]:
     """A Slurm of so many nodes; on leaving, whatever it started ends."""
     start = subprocess.run(
         ["bash", str(SCRIPT), "start", str(folder), str(nodes), str(cpus)],
-        capture_output=True, text=True, timeout=280,
+        capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     try:
         assert start.returncode == 0, start.stdout + start.stderr
         yield Cluster(folder)
     finally:
         if folder.is_dir():
-            subprocess.run(["bash", str(SCRIPT), "stop", str(folder)], check=True, timeout=60)
+            subprocess.run(["bash", str(SCRIPT), "stop", str(folder)], check=True, timeout=LIMIT_S)
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from runs import command, overrides, write_corpus
+from waiting import LIMIT_S
 
 from megatsp.training.logs import read_metrics
 
@@ -62,7 +63,7 @@ def test_interrupted_it_saves_and_the_same_command_completes(start, tmp_path):
     job = start("trainer.train_iters=60")
     wait_for_steps(tmp_path, job)
     job.send_signal(signal.SIGINT)
-    out, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 0, err
     assert err.strip() == "megatsp: finishing this step; Ctrl-C again aborts"
     stopped = metrics(tmp_path)[-1]["iteration"]
@@ -72,7 +73,7 @@ def test_interrupted_it_saves_and_the_same_command_completes(start, tmp_path):
     assert pointer.read_text() == f"{stopped}\n" and processes(tmp_path) == {}
 
     job = start("trainer.train_iters=60")
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert (job.returncode, err) == (0, "")
     assert f"resumed after iteration {stopped}; " in out
     steps = [entry["iteration"] for entry in metrics(tmp_path) if "lm loss" in entry]
@@ -86,7 +87,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):
     running = processes(tmp_path)
     assert sorted(running.values()) == ["", "0", "1"]
     os.kill(next(pid for pid, rank in running.items() if rank == "1"), signal.SIGKILL)
-    _, err = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 137
     assert err.startswith("megatsp: error: rank 1: killed by SIGKILL\n")
     assert processes(tmp_path) == {}
@@ -95,7 +96,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):
 def test_under_torchrun_it_joins(start, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     job = start("trainer.train_iters=3", prefix=[*torchrun, "-m", "megatsp"])
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 0, err
     assert "on dp_replicate 1 x dp_shard 1 x cp 1 x tsp 2 x tp 1 (cpu)\n" in out
     losses = [entry["iteration"] for entry in metrics(tmp_path) if "checkpoint/save-s" not in entry]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,7 +106,7 @@ class Job:
 
     def end(self) -> tuple[int, str]:
         """The exit status and the text on stderr."""
-        _, text = self.process.communicate(timeout=60)
+        _, text = self.process.communicate(timeout=LIMIT_S)
         return self.process.returncode, text
 
 

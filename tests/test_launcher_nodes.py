@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from runs import RANK_VARIABLES, ROOT
+from waiting import LIMIT_S
 
 from megatsp.exit_status import USER_ERROR
 from megatsp.launcher.outcome import read_outcomes
@@ -52,7 +53,7 @@ def test_a_failure_on_the_second_node_is_its_ranks_own(tmp_path: Path) -> None:
         for index in (0, 1)
     ]
     try:
-        assert processes[1].wait(timeout=100) == USER_ERROR
+        assert processes[1].wait(timeout=LIMIT_S) == USER_ERROR
     finally:
         for process in processes:
             process.kill()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import RANK_VARIABLES
+from waiting import LIMIT_S
 
 from megatsp import cli
 from megatsp.bench import runner
@@ -175,7 +176,7 @@ def test_interrupted_it_keeps_its_rows_and_leaves_no_process(tmp_path: Path, int
             os.killpg(job.pid, number)  # as a terminal does
         else:
             job.send_signal(number)
-        out, err = job.communicate(timeout=60)
+        out, err = job.communicate(timeout=LIMIT_S)
     finally:
         job.kill()
     assert job.returncode == (-number if number is signal.SIGKILL else 130)

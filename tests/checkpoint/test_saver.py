@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from waiting import LIMIT_S
 
 from megatsp.checkpoint import paths, saver, store
 from megatsp.checkpoint.manifest import check_files
@@ -358,7 +359,7 @@ def test_a_program_that_ends_without_closing_waits_for_no_retry(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True,
-        timeout=100, check=False,
+        timeout=LIMIT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from runs import RANK_VARIABLES, ROOT
+from waiting import LIMIT_S
 
 from megatsp.doctor import command
 from megatsp.doctor.finding import OK, PROBLEM, WARNING, Finding
@@ -69,7 +70,7 @@ def test_ranks_of_a_launcher_print_one_table(tmp_path: Path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    (first, error), (second, _) = (rank.communicate(timeout=120) for rank in ranks)
+    (first, error), (second, _) = (rank.communicate(timeout=LIMIT_S) for rank in ranks)
     assert [rank.returncode for rank in ranks] == [1, 1], error
     assert second == ""
     lines = first.splitlines()

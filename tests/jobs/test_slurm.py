@@ -16,6 +16,7 @@ import pytest
 from runs import ROOT, losses, overrides, train_on_ranks, write_corpus
 from safetensors.numpy import load_file
 from slurm import Cluster, cluster, ranks_of, signal_ranks, tasks_on
+from waiting import LIMIT_S
 from wandb_files import all_rows
 
 from megatsp.jobs.attempts import Attempt, read_attempts
@@ -291,7 +292,7 @@ def test_plain_sbatch_does_the_same(slurm: Cluster, corpus: Path, tmp_path: Path
     environment = slurm.environment | {"PYTHON": sys.executable}
     said = subprocess.run(
         ["sbatch", "--parsable", *options, str(ROOT / "launch" / "pretrain.sbatch"), *run],
-        env=environment, check=True, capture_output=True, text=True, timeout=60,
+        env=environment, check=True, capture_output=True, text=True, timeout=LIMIT_S,
     ).stdout  # fmt: skip
     job = said.strip() + "_3" * len(array)
     assert slurm.finish(job) == "COMPLETED", (tmp_path / "job.log").read_text()

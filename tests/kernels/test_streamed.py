@@ -31,6 +31,7 @@ from megatsp_kernels.streamed.reference import bucket, gradient
 from megatsp_kernels.streamed.reference import matmul as reference
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from waiting import LIMIT_S
 
 WIDTHS = (9, 6, 1)  # columns of a bucket's three matrices; the first two are stored the other way round
 
@@ -453,7 +454,7 @@ for target, chip, text in (
 def test_waits_acquire_and_release_for_the_whole_system():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=LIMIT_S
     )
     lines = result.stdout.splitlines()
     assert lines == [f"{target} streamed/publish True" for target in ("gfx942", "sm_90")], result.stderr

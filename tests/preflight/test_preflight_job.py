@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from runs import RANK_VARIABLES, ROOT, TINY
+from waiting import LIMIT_S
 
 from megatsp.exit_status import FAILURE, HARDWARE, USER_ERROR
 from megatsp.launcher.failures import Failure
@@ -105,7 +106,7 @@ def run_in_job(
                  *(["--folder", str(folder)] if in_job else []), *TINY, *overrides],
                 env=task, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             ))  # fmt: skip
-        said = [process.communicate(timeout=200) for process in processes]
+        said = [process.communicate(timeout=LIMIT_S) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from runs import RANK_VARIABLES
+from waiting import LIMIT_S
 
 from megatsp.cluster.mesh import coordinates
 from megatsp.preflight import facts as facts_module
@@ -59,7 +60,7 @@ def call_roll(
                  "--ranks-per-node", "4", "--mesh", MESH, "--folder", str(own), *options],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
-        said = {rank: process.communicate(timeout=120) for rank, process in processes.items()}
+        said = {rank: process.communicate(timeout=LIMIT_S) for rank, process in processes.items()}
     finally:
         for process in processes.values():
             process.kill()

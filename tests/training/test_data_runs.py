@@ -16,6 +16,7 @@ import torch
 from dense import DenseGPT
 from distributed import run_distributed
 from runs import command, losses, overrides, start_training, train_on_ranks, write_corpus
+from waiting import LIMIT_S
 
 from megatsp.checkpoint.paths import LATEST
 from megatsp.compose import compose
@@ -146,7 +147,7 @@ def test_ctrl_c_ends_the_processes_that_read_ahead(folder, interruptible):
     job, started = running(folder, "interrupted")
     for pid in (job.pid, *started):  # as a terminal does: to all of them
         os.kill(pid, signal.SIGINT)
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 0 and "interrupted: stopped after iteration" in out, err
     assert "Traceback" not in err
     assert still_alive(started) == []
@@ -159,7 +160,7 @@ def test_readers_end_with_a_rank_that_is_killed(folder):
     job, started = running(folder, "killed")
     rank = next(pid for pid in started if stat(pid)[1] == str(job.pid))
     os.kill(rank, signal.SIGKILL)
-    _, err = job.communicate(timeout=120)
+    _, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode != 0 and "killed by SIGKILL" in err
     assert still_alive(started) == []
 
@@ -169,7 +170,7 @@ def test_a_signal_to_every_process_saves_as_one_to_the_launcher_does(folder):
     for pid in started:  # as a scheduler may do; readers too
         os.kill(pid, signal.SIGTERM)
     os.kill(job.pid, signal.SIGTERM)
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 75, err
     assert "Traceback" not in err and still_alive(started) == []
     saved = int((folder / "told" / "checkpoints" / LATEST).read_text())

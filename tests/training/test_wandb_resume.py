@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from distributed import run_distributed
 from runs import StopIf, command, overrides, start_training, write_corpus
+from waiting import LIMIT_S
 from wandb_files import all_rows, parsed
 
 from megatsp.compose import compose
@@ -156,7 +157,7 @@ def test_a_key_is_in_no_output_and_in_no_file(tmp_path, monkeypatch, more):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     write_corpus(tmp_path / "corpus")
     job = command("train", *overrides(tmp_path / "corpus", tmp_path, *more, "logging.wandb=offline"))
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == (2 if more == ["trainer.lr=1"] else 0), err
     assert KEY not in out + err and holders(tmp_path) == []
     assert (tmp_path / "run" / "wandb").is_dir() == (more == ["trainer.train_iters=3"])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from waiting import LIMIT_S
 from wandb_files import rows
 
 from megatsp.training.wandb_service import patiently
@@ -42,7 +43,7 @@ def ended(*arguments: str, **variables: str) -> str:
     environment = {**os.environ, "WANDB_ERROR_REPORTING": "false", "WANDB_FINISH_TIMEOUT": "2", **variables}
     job = subprocess.run(
         [sys.executable, "-c", START, *arguments],
-        env=environment, capture_output=True, text=True, timeout=200, check=False,
+        env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False,
     )  # fmt: skip
     assert job.returncode == 0, job.stdout + job.stderr
     assert "Traceback" not in job.stderr

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from preprocess_jobs import TEXTS, InlinePool, documents, json_lines, preprocess, write_inputs, write_parquet
+from waiting import LIMIT_S
 
 with warnings.catch_warnings():  # it misses packages that it does not need for this
     warnings.simplefilter("ignore")
@@ -443,7 +444,7 @@ def test_ctrl_c(slow: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     prefix = tmp_path / "out"
     process = start(slow, prefix)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert re.search(
         r"interrupted; \d+ of 12 partitions are finished and kept in .*; the same command goes on", err
@@ -459,7 +460,7 @@ def test_sigterm_to_all_processes(slow: Path, expected: dict[str, bytes], tmp_pa
     process = start(slow, prefix, "--workers", "2")
     for pid in [*workers_of(prefix, but=process.pid), process.pid, process.pid]:  # as Slurm does
         os.kill(pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 143
     assert re.search(r"stopped by SIGTERM; \d+ of 12 partitions are finished .*the same command goes on", err)
     assert "Traceback" not in err and not workers_of(prefix)
@@ -474,7 +475,7 @@ def test_a_worker_that_is_killed(slow: Path, tmp_path: Path) -> None:
     while not (workers := workers_of(prefix, but=process.pid)):  # it may be between two partitions
         assert process.poll() is None
     os.kill(workers[0], signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1
     assert re.search(
         r"the worker of partition \d+ of 12 \(.*in\.jsonl\) was killed \(by hand, or by the out-of-memory",
