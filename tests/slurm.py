@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from runs import RANK_VARIABLES, ROOT
-from waiting import LIMIT_S
+from waiting import LIMIT_S, wait_until
 
 SCRIPT = ROOT / "scripts" / "slurm_cluster.sh"
 
@@ -31,7 +30,7 @@ class Cluster:
             command, env=self.environment, check=True, capture_output=True, text=True, timeout=LIMIT_S
         ).stdout
 
-    def megatsp(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    def megatsp(self, *arguments: str, timeout_s: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "megatsp", *arguments],
             cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout_s,
@@ -55,7 +54,7 @@ class Cluster:
         self.wait(lambda: self.state(job) == "PENDING", f"job {job} is in the queue")
         self.ask("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=30")
 
-    def finish(self, job: str, timeout_s: float = 240, hurries: bool = False) -> str:
+    def finish(self, job: str, hurries: bool = False) -> str:
         """Waits until a job is over; returns its last state. hurries: a requeued one starts at once."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
@@ -65,17 +64,15 @@ class Cluster:
                 self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
             return state in over
 
-        self.wait(is_over, f"job {job} is over", timeout_s)
+        self.wait(is_over, f"job {job} is over")
         return self.state(job)
 
-    def wait(self, condition: Callable[[], object], what: str, timeout_s: float = 240) -> None:
-        end = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > end:
-                queue = self.ask("squeue")
-                logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in self.logs())
-                raise AssertionError(f"not within {timeout_s:g} s: {what}\n{queue}\n{logs}")
-            time.sleep(0.2)
+    def wait(self, condition: Callable[[], object], what: str, pause_s: float = 0.2) -> None:
+        def state() -> str:
+            logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in self.logs())
+            return f"{what}\n{self.ask('squeue')}\n{logs}"
+
+        wait_until(condition, state, pause_s)
 
     def logs(self) -> Iterator[Path]:
         """The logs of all jobs, and of their ranks 0."""

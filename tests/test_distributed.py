@@ -6,9 +6,8 @@ import pickle
 import signal
 import subprocess
 import threading
-import time
 import warnings
-from multiprocessing import forkserver, reduction
+from multiprocessing import connection, forkserver, reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
+from waiting import LIMIT_S, hang, wait_until, wait_until_gone
 
 from megatsp.bench import ranks
+
+FOR_EVER_S = 3600.0  # pytest's limit of a test strikes before
 
 
 def sum_of_ranks(scale: float, tensor: torch.Tensor) -> tuple[int, int, torch.Tensor]:
@@ -43,10 +45,10 @@ def die_on_one(bad_rank: int) -> None:
 
 def hang_with_a_child(pids: str) -> None:
     note_pid(pids)
-    child = subprocess.Popen(["sleep", "600"])
+    child = subprocess.Popen(["sleep", "infinity"])
     note_pid(pids, child.pid)
     if dist.get_rank() == 0:
-        time.sleep(600)
+        hang()
 
 
 def surroundings() -> tuple[str | None, str, int]:
@@ -59,21 +61,6 @@ def warn() -> None:
 
 def note_pid(folder: str, pid: int | None = None) -> None:
     Path(folder, str(pid or os.getpid())).touch()
-
-
-def alive(pids: list[int]) -> list[int]:
-    """Those still running a second after they were killed; a zombie, which init has yet to reap, is not."""
-
-    def runs(pid: int) -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
-
-    deadline = time.monotonic() + 1
-    while any(map(runs, pids)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return [pid for pid in pids if runs(pid)]
 
 
 def noted(folder: Path) -> list[int]:
@@ -89,19 +76,18 @@ def test_results_come_in_rank_order(world_size: int) -> None:
     for _, _, tensor in results:
         torch.testing.assert_close(tensor, torch.full((3,), 0.5 * total))
     assert torch.equal(ones, torch.ones(3))
-    assert not alive([pid for pid, _, _ in results])
+    wait_until_gone(*[pid for pid, _, _ in results])
 
 
 def test_first_failure_is_raised_at_once(tmp_path: Path) -> None:
-    run_distributed(surroundings, 1)  # the server is up
-    start = time.monotonic()
+    """The others wait for ever, and the parent for longer than a test may take."""
     with pytest.raises(AssertionError, match=r"rank 2 of 3 failed") as error:
-        run_distributed(fail_on_one, 3, 2, str(tmp_path))
-    assert time.monotonic() - start < 10
+        run_distributed(fail_on_one, 3, 2, str(tmp_path), timeout_s=FOR_EVER_S)
     message = str(error.value)
     assert "ValueError: the planted error" in message and "in fail_on_one" in message
     assert "rank 0" not in message and "rank 1" not in message
-    assert len(noted(tmp_path)) == 3 and not alive(noted(tmp_path))
+    assert len(noted(tmp_path)) == 3
+    wait_until_gone(*noted(tmp_path))
 
 
 def test_a_death_is_reported() -> None:
@@ -109,11 +95,25 @@ def test_a_death_is_reported() -> None:
         run_distributed(die_on_one, 2, 1)
 
 
-def test_timeout_kills_ranks_and_their_children(tmp_path: Path) -> None:
-    with pytest.raises(TimeoutError, match=r"ranks \[0\] of 2 have not returned in 4 s"):
-        run_distributed(hang_with_a_child, 2, str(tmp_path), timeout_s=4)
+def test_timeout_kills_ranks_and_their_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is up once rank 1 has returned and both have started a child."""
+    given: list[float] = []
+
+    def wait(connections: list[Connection], timeout_s: float) -> list[Any]:
+        given.append(timeout_s)
+        wait_until(
+            lambda: connection.wait(connections, 0) or (len(connections) == 1 and len(noted(tmp_path)) == 4),
+            "what the ranks do",
+        )
+        return connection.wait(connections, 0)
+
+    monkeypatch.setattr(ranks, "wait", wait)
+    with pytest.raises(TimeoutError, match=r"ranks \[0\] of 2 have not returned in 3600 s"):
+        run_distributed(hang_with_a_child, 2, str(tmp_path), timeout_s=FOR_EVER_S)
+    assert len(given) > 1 and all(FOR_EVER_S - LIMIT_S < seconds < FOR_EVER_S for seconds in given)
     pids = noted(tmp_path)
-    assert len(pids) == 4 and not alive(pids)
+    assert len(pids) == 4
+    wait_until_gone(*pids)
 
 
 def test_ranks_share_the_parents_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,17 +155,27 @@ def test_an_interrupt_waits_where_it_would_do_harm(
         run_distributed(note_pid, 2, str(tmp_path))
     assert len(calls) > 1 and not multiprocessing.active_children()  # it went on to the end
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert not alive(noted(tmp_path))
+    wait_until_gone(*noted(tmp_path))
     run_distributed(surroundings, 1)
     assert forkserver._forkserver._forkserver_pid == server
 
 
-def test_an_interrupt_ends_the_wait_for_ranks(interruptible: None) -> None:
-    start = time.monotonic()
-    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+def hang_for_ever(pids: str) -> None:
+    note_pid(pids)
+    hang()
+
+
+def test_an_interrupt_ends_the_wait_for_ranks(interruptible: None, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        wait_until(lambda: len(noted(tmp_path)) == 2, "both ranks hang")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
-        run_distributed(time.sleep, 2, 60)
-    assert time.monotonic() - start < 30 and not multiprocessing.active_children()
+        run_distributed(hang_for_ever, 2, str(tmp_path), timeout_s=FOR_EVER_S)
+    thread.join()
+    assert not multiprocessing.active_children()
 
 
 def signal_mask() -> set[int]:

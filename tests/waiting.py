@@ -3,8 +3,11 @@
 No other file of the tests reads a clock or sleeps; tests/test_tests.py holds them to that.
 """
 
+import random
+import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 # What takes two seconds on an idle machine may take a minute beside six busy programs; a hang takes for ever.
 LIMIT_S = 600.0
@@ -28,6 +31,31 @@ def wait_until(
         if time.monotonic() > end:
             raise AssertionError(f"not within {LIMIT_S:g} s: {what() if callable(what) else what}")
         time.sleep(pause_s)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie that nobody has reaped yet has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until_gone(*pids: int) -> None:
+    """Returns once these processes have ended."""
+    wait_until(lambda: not any(map(is_alive, pids)), lambda: f"{[*filter(is_alive, pids)]} have ended")
+
+
+def free_port() -> int:
+    """One of this host, below those that the kernel gives to outgoing connections: other tests have many."""
+    numbers = random.SystemRandom()  # not seeded: several processes run tests, and ask at once
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("localhost", numbers.randrange(12000, 32000)))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
 
 
 def hang() -> None:

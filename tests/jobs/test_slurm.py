@@ -24,7 +24,7 @@ from megatsp.training.logs import read_metrics
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons are started by root"),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(3 * LIMIT_S),
 ]
 
 MESH = ("launch.nodes=2", "launch.nproc=2", "parallel.tsp=2")
@@ -67,7 +67,7 @@ class Run:
             metrics = self.folder / "metrics.jsonl"
             return metrics.is_file() and any(e["iteration"] >= iteration for e in read_metrics(metrics))
 
-        self.slurm.wait(has, f"iteration {iteration} of {self.folder.name}")
+        self.slurm.wait(has, f"iteration {iteration} of {self.folder.name}", pause_s=0.01)
 
     def pause(self, number: int, iteration: int) -> None:
         """Stops the ranks of an attempt once they have got so far."""

@@ -5,14 +5,13 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from preprocess_jobs import TEXTS, InlinePool, documents, json_lines, preprocess, write_inputs, write_parquet
-from waiting import LIMIT_S
+from waiting import LIMIT_S, wait_until
 
 with warnings.catch_warnings():  # it misses packages that it does not need for this
     warnings.simplefilter("ignore")
@@ -382,10 +381,12 @@ def start(slow: Path, prefix: Path, *more: str, **settings: Any) -> subprocess.P
     process = subprocess.Popen(
         command(slow, prefix, "--partitions", "12", *more), stderr=subprocess.PIPE, text=True, **settings
     )
-    end = time.monotonic() + 60
-    while not marks(prefix) or not workers_of(prefix, but=process.pid):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
+
+    def is_at_work() -> bool:
+        assert process.poll() is None, "it was over before"
+        return bool(marks(prefix) and workers_of(prefix, but=process.pid))
+
+    wait_until(is_at_work, "a partition is finished and another one is not")
     return process
 
 
@@ -407,10 +408,7 @@ def workers_of(prefix: Path, but: int = 0) -> list[int]:
 
 
 def wait_until_none_is_left(prefix: Path) -> None:
-    end = time.monotonic() + 30
-    while left := workers_of(prefix):
-        assert time.monotonic() < end, left
-        time.sleep(0.05)
+    wait_until(lambda: not workers_of(prefix), lambda: f"{workers_of(prefix)} have ended")
 
 
 @pytest.fixture(scope="module")
