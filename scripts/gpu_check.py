@@ -30,6 +30,9 @@ DISTRIBUTED_TESTS = ("test_peers.py", "test_streamed.py")
 NO_GPU_NEEDED = ("test_aot.py",)  # it compiles for chips that are not here, for minutes
 RIVALS = ("liger_kernel", "flash_attn", "aiter", "apex", "transformers", "hydra-core", "pytest", "matplotlib")
 FAILED = ("failed", "timed out", "not run")
+_SMOKE_S = (
+    600.0  # of a part without a GPU: beside a machine's other work it is slow, and only a hang is ended
+)
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,8 @@ def main(arguments: list[str]) -> int:
 
 def list_parts(scratch: Path, smoke: bool) -> list[Part]:
     """What is checked, with time limits that end it all before nine minutes."""
-    python, pytest = sys.executable, _pytest()
-    size = ["--smoke"] if smoke else []
+    python, pytest = sys.executable, _pytest(smoke)
+    size, most = ["--smoke"] if smoke else [], _SMOKE_S
     unknown = "" if importlib.util.find_spec("pytest") else "pytest is not installed here"
     apart = (*DISTRIBUTED_TESTS, *NO_GPU_NEEDED)
     tests = (
@@ -115,31 +118,40 @@ def list_parts(scratch: Path, smoke: bool) -> list[Part]:
     preflight += ["--markdown", str(scratch / "preflight.md")]
     no_hydra = "" if importlib.util.find_spec("hydra") else "hydra-core is not installed here"
     return [
-        Part("kernel tests", [[*pytest, *map(str, tests)]], 150 if smoke else 215, unknown),
-        Part("benchmarks", [bench(alone, "benchmarks")], 150 if smoke else 115, **files("benchmarks")),
+        Part("kernel tests", [[*pytest, *map(str, tests)]], most if smoke else 215, unknown),
+        Part("benchmarks", [bench(alone, "benchmarks")], most if smoke else 115, **files("benchmarks")),
         Part(
             "distributed kernels",
             [
                 *([[*pytest, *map(str, among)]] if among else []),
                 *([bench(others, "streamed")] if others else []),
             ],
-            150 if smoke else 80,
+            most if smoke else 80,
             unknown if among else "",
             **files("streamed"),
         ),
-        Part("memory of one rank", [memory], 150 if smoke else 75, data={"memory": scratch / "memory.json"}),
-        Part("preflight", [preflight], 150 if smoke else 50, no_hydra, **files("preflight")),
+        Part(
+            "memory of one rank",
+            [memory],
+            most if smoke else 75,
+            data={"memory": scratch / "memory.json"},
+        ),
+        Part("preflight", [preflight], most if smoke else 50, no_hydra, **files("preflight")),
     ]
 
 
-def _pytest() -> list[str]:
+def _pytest(smoke: bool) -> list[str]:
     """Without pyproject's settings: their plugins may be missing, and other versions warn of other things."""
     command = [sys.executable, "-m", "pytest", "-v", "-c", os.devnull, f"--rootdir={ROOT}"]
     command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") and torch.cuda.is_available():
         command += ["-n", "8"]  # compiling takes most of the time, and a core each
     if importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout=60", "--timeout-method=thread"]  # a kernel that hangs answers no signal
+        limit_s = _SMOKE_S if smoke else 60
+        command += [
+            f"--timeout={limit_s:g}",
+            "--timeout-method=thread",
+        ]  # a kernel that hangs answers no signal
     return command
 
 

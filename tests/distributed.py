@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from waiting import LIMIT_S
 
 from megatsp import axes
 from megatsp.bench.ranks import PRELOAD, Kind, Ranks, RanksFailedError, interrupts_wait, run_ranks
 
-TIMEOUT_S = 600.0  # only ends what is broken
 _PRELOAD = (*PRELOAD, "pytest", "transformers", "triton", "megatsp.training.run", "megatsp.hf.load")
 _MOST_RANKS = 14  # of one test process, which keeps the sizes used last
 _FIRST_SEED = torch.initial_seed()  # of a process that has seeded nothing
@@ -35,7 +35,7 @@ _pools: dict[int, Ranks] = {}  # by number of ranks, the one used last at the en
 
 
 def run_distributed(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = TIMEOUT_S, fresh: bool = False
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = LIMIT_S, fresh: bool = False
 ) -> list[Any]:
     """Calls fn(*args) on every rank, the default process group initialised, and returns their results.
 
@@ -69,7 +69,7 @@ def _call_pool(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], t
         while sum(_pools) + world_size > _MOST_RANKS:
             _pools.pop(next(iter(_pools))).close()
         if pool is None:
-            pool = Ranks(Kind(world_size), group_timeout_s=2 * TIMEOUT_S, preload=_PRELOAD)
+            pool = Ranks(Kind(world_size), group_timeout_s=2 * LIMIT_S, preload=_PRELOAD)
         is_clean = False
         try:
             interrupts.let_in()

@@ -118,7 +118,7 @@ def dense_of(job: Job, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
 def check(jobs: list[Job], world_size: int, bound: Callable[[Job], dict[str, float]]) -> None:
     """Holds loss and gradients of each job, on every rank, to the errors that `bound` allows."""
     given = [(job, weights(job[0].model, job[1]), *dense_of(job, torch.float32)) for job in jobs]
-    for errors in run_distributed(rank_errors, world_size, given, timeout_s=280):
+    for errors in run_distributed(rank_errors, world_size, given):
         for job, by_name in zip(jobs, errors, strict=True):
             bounds = bound(job)
             over = {k: (v, bounds[k]) for k, v in by_name.items() if not v <= bounds[k]}

@@ -216,7 +216,7 @@ def sample_losses(case_: Case, dtype: torch.dtype) -> Tensor:
 
 def check(found: list[Case], world_size: int, bound: Callable[[Case], dict[str, float]]) -> None:
     """Holds loss and gradients of each case, on every rank, to the errors that `bound` allows."""
-    per_rank = run_distributed(rank_errors, world_size, [job(c) for c in found], timeout_s=280)
+    per_rank = run_distributed(rank_errors, world_size, [job(c) for c in found])
     for errors in per_rank:
         for case_, by_name in zip(found, errors, strict=True):
             bounds = bound(case_)

@@ -6,12 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from runs import RANK_VARIABLES, ROOT
+from waiting import LIMIT_S, wait_until
 
 SCRIPT = ROOT / "scripts" / "slurm_cluster.sh"
 
@@ -27,10 +27,10 @@ class Cluster:
     def ask(self, *command: str) -> str:
         """What one of Slurm's commands prints."""
         return subprocess.run(
-            command, env=self.environment, check=True, capture_output=True, text=True, timeout=60
+            command, env=self.environment, check=True, capture_output=True, text=True, timeout=LIMIT_S
         ).stdout
 
-    def megatsp(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    def megatsp(self, *arguments: str, timeout_s: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "megatsp", *arguments],
             cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout_s,
@@ -54,7 +54,7 @@ class Cluster:
         self.wait(lambda: self.state(job) == "PENDING", f"job {job} is in the queue")
         self.ask("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=30")
 
-    def finish(self, job: str, timeout_s: float = 240, hurries: bool = False) -> str:
+    def finish(self, job: str, hurries: bool = False) -> str:
         """Waits until a job is over; returns its last state. hurries: a requeued one starts at once."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
@@ -64,17 +64,15 @@ class Cluster:
                 self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
             return state in over
 
-        self.wait(is_over, f"job {job} is over", timeout_s)
+        self.wait(is_over, f"job {job} is over")
         return self.state(job)
 
-    def wait(self, condition: Callable[[], object], what: str, timeout_s: float = 240) -> None:
-        end = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > end:
-                queue = self.ask("squeue")
-                logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in self.logs())
-                raise AssertionError(f"not within {timeout_s:g} s: {what}\n{queue}\n{logs}")
-            time.sleep(0.2)
+    def wait(self, condition: Callable[[], object], what: str, pause_s: float = 0.2) -> None:
+        def state() -> str:
+            logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in self.logs())
+            return f"{what}\n{self.ask('squeue')}\n{logs}"
+
+        wait_until(condition, state, pause_s)
 
     def logs(self) -> Iterator[Path]:
         """The logs of all jobs, and of their ranks 0."""
@@ -90,7 +88,7 @@ class Cluster:
 
     def bring_back(self, node: str) -> None:
         """Starts it again."""
-        subprocess.run(["slurmd", "-N", node], env=self.environment, check=True, timeout=60)
+        subprocess.run(["slurmd", "-N", node], env=self.environment, check=True, timeout=LIMIT_S)
         self.wait(
             lambda: "idle" in self.ask("sinfo", "-h", "-n", node, "-p", "all", "-o", "%t"), f"{node} is up"
         )
@@ -101,14 +99,14 @@ def cluster(folder: Path, nodes: int, cpus: int) -> Iterator[Cluster]:
     """A Slurm of so many nodes; on leaving, whatever it started ends."""
     start = subprocess.run(
         ["bash", str(SCRIPT), "start", str(folder), str(nodes), str(cpus)],
-        capture_output=True, text=True, timeout=280,
+        capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     try:
         assert start.returncode == 0, start.stdout + start.stderr
         yield Cluster(folder)
     finally:
         if folder.is_dir():
-            subprocess.run(["bash", str(SCRIPT), "stop", str(folder)], check=True, timeout=60)
+            subprocess.run(["bash", str(SCRIPT), "stop", str(folder)], check=True, timeout=LIMIT_S)
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 from runs import RANK_VARIABLES, command, files, overrides, train_on_ranks, write_corpus
 from torch.distributed.elastic.multiprocessing import errors
+from waiting import LIMIT_S
 
 from megatsp import cli
 from megatsp.data.tokenizer import train_bpe
@@ -131,7 +132,7 @@ def test_two_ranks_that_refuse_say_it_once(folder):
     before = files(folder)
     given = overrides(folder / "absent", folder / "outputs", "name=new", "launch.nproc=2", "parallel.tsp=2")
     job = command("train", *given)
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert (job.returncode, out) == (2, "")
     expected = f"no data at {folder}/absent: {folder}/absent.bin is missing; prepare the data again"
     assert err == f"megatsp: error: {expected}\n"
@@ -144,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_documents(folder)
     before = files(folder / "outputs" / "exploding" / "checkpoints")
     more = ["optimizer.lr=1e18", "trainer.train_iters=9", "launch.nproc=2", "parallel.tsp=2"]
     job = command("train", *overrides(folder / "corpus", folder / "outputs", "name=exploding", *more))
-    _, err = job.communicate(timeout=120)
+    _, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 2
     assert re.match(r"megatsp: error: iteration [4-9]: loss (nan|inf), gradient norm (nan|inf); nothing", err)
     assert "\nDocuments of the samples whose loss is not finite: doc" in err
@@ -155,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_documents(folder)
 def test_a_gradient_that_is_not_finite_stops_a_new_run_before_its_first_update(folder):
     more = ["name=wild", "model.init_method_std=1e18", "trainer.max_bad_steps=1"]
     job = command("train", *overrides(folder / "corpus", folder / "outputs", *more))
-    _, err = job.communicate(timeout=120)
+    _, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 2
     assert re.match(r"megatsp: error: iteration 1: loss \S+, gradient norm nan; nothing was updated\.\n", err)
     assert re.search(r"\nDocuments of the .*: doc", err)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from waiting import LIMIT_S
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -18,7 +20,7 @@ def test_a_page_with_a_plot(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=LIMIT_S,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]

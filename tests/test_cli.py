@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT_S
 
 from megatsp import __version__, cli, launcher
 from megatsp.checkpoint.manifest import read_manifest
@@ -79,20 +80,20 @@ def test_help_names_every_key_and_choice_in_100_columns(capsys):
 def test_help_does_not_import_torch(command):
     help = f"try: c.main(['{command}', '--help'])\nexcept SystemExit: pass\n"
     code = f"import sys, megatsp.cli as c\n{help}sys.exit('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=LIMIT_S)
     assert result.returncode == 0 and f"usage: megatsp {command}" in result.stdout.decode()
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
     line = f"{sys.executable} -m megatsp train --help | head -n 1; echo ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     assert result.stdout.splitlines()[0].startswith("usage: megatsp train")
     assert result.stdout.splitlines()[1] in ("141", "0") and result.stderr == ""
 
 
 def test_the_module_is_the_command():
     result = subprocess.run(
-        [sys.executable, "-m", "megatsp", "trian"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "megatsp", "trian"], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
     )
     assert result.returncode == 2
     assert result.stderr == (

@@ -6,9 +6,8 @@ import pickle
 import signal
 import subprocess
 import threading
-import time
 import warnings
-from multiprocessing import forkserver, reduction
+from multiprocessing import connection, forkserver, reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
+from waiting import LIMIT_S, hang, wait_until, wait_until_gone
 
 from megatsp.axes import Axes
 from megatsp.bench import ranks
 from megatsp.schema import AXES, ParallelConfig
+
+FOR_EVER_S = 3600.0  # pytest's limit of a test strikes before
 
 
 def sum_of_ranks(scale: float, tensor: torch.Tensor) -> tuple[int, int, torch.Tensor]:
@@ -46,10 +48,10 @@ def die_on_one(bad_rank: int) -> None:
 
 def hang_with_a_child(pids: str) -> None:
     note_pid(pids)
-    child = subprocess.Popen(["sleep", "600"])
+    child = subprocess.Popen(["sleep", "infinity"])
     note_pid(pids, child.pid)
     if dist.get_rank() == 0:
-        time.sleep(600)
+        hang()
 
 
 def surroundings() -> tuple[str | None, str, int]:
@@ -62,21 +64,6 @@ def warn() -> None:
 
 def note_pid(folder: str, pid: int | None = None) -> None:
     Path(folder, str(pid or os.getpid())).touch()
-
-
-def alive(pids: list[int]) -> list[int]:
-    """Those still running a second after they were killed; a zombie, which init has yet to reap, is not."""
-
-    def runs(pid: int) -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
-
-    deadline = time.monotonic() + 1
-    while any(map(runs, pids)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return [pid for pid in pids if runs(pid)]
 
 
 def active_children() -> set[int]:
@@ -97,16 +84,19 @@ def test_results_come_in_rank_order(world_size: int, fresh: bool) -> None:
     for _, _, tensor in results:
         torch.testing.assert_close(tensor, torch.full((3,), 0.5 * total))
     assert torch.equal(ones, torch.ones(3))
-    assert bool(alive([pid for pid, _, _ in results])) != fresh
+    if fresh:
+        wait_until_gone(*[pid for pid, _, _ in results])
 
 
 def test_first_failure_is_raised_at_once(tmp_path: Path) -> None:
+    """The others wait for ever, and the parent for longer than a test may take."""
     with pytest.raises(AssertionError, match=r"rank 2 of 3 failed") as error:
-        run_distributed(fail_on_one, 3, 2, str(tmp_path))
+        run_distributed(fail_on_one, 3, 2, str(tmp_path), timeout_s=FOR_EVER_S)
     message = str(error.value)
     assert "ValueError: the planted error" in message and "in fail_on_one" in message
     assert "rank 0" not in message and "rank 1" not in message
-    assert len(noted(tmp_path)) == 3 and not alive(noted(tmp_path))
+    assert len(noted(tmp_path)) == 3
+    wait_until_gone(*noted(tmp_path))
 
 
 def test_a_death_is_reported() -> None:
@@ -114,11 +104,25 @@ def test_a_death_is_reported() -> None:
         run_distributed(die_on_one, 2, 1)
 
 
-def test_timeout_kills_ranks_and_their_children(tmp_path: Path) -> None:
-    with pytest.raises(TimeoutError, match=r"ranks \[0\] of 2 have not returned in 4 s"):
-        run_distributed(hang_with_a_child, 2, str(tmp_path), timeout_s=4)  # they have noted within a second
+def test_timeout_kills_ranks_and_their_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is up once rank 1 has returned and both have started a child."""
+    given: list[float] = []
+
+    def wait(connections: list[Connection], timeout_s: float) -> list[Any]:
+        given.append(timeout_s)
+        wait_until(
+            lambda: connection.wait(connections, 0) or (len(connections) == 1 and len(noted(tmp_path)) == 4),
+            "what the ranks do",
+        )
+        return connection.wait(connections, 0)
+
+    monkeypatch.setattr(ranks, "wait", wait)
+    with pytest.raises(TimeoutError, match=r"ranks \[0\] of 2 have not returned in 3600 s"):
+        run_distributed(hang_with_a_child, 2, str(tmp_path), timeout_s=FOR_EVER_S)
+    assert len(given) > 1 and all(FOR_EVER_S - LIMIT_S < seconds < FOR_EVER_S for seconds in given)
     pids = noted(tmp_path)
-    assert len(pids) == 4 and not alive(pids)
+    assert len(pids) == 4
+    wait_until_gone(*pids)
 
 
 def test_ranks_share_the_parents_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,24 +165,29 @@ def test_an_interrupt_waits_where_it_would_do_harm(
         run_distributed(note_pid, 2, str(tmp_path), fresh=True)
     assert len(calls) > 1 and active_children() == pooled  # it went on to the end
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert not alive(noted(tmp_path))
+    wait_until_gone(*noted(tmp_path))
     run_distributed(surroundings, 1, fresh=True)
     assert forkserver._forkserver._forkserver_pid == server
 
 
-def interrupt_the_parent(parent: int) -> None:
-    dist.barrier()
-    if dist.get_rank() == 0:
-        os.kill(parent, signal.SIGINT)
-    time.sleep(3600)
+def hang_for_ever(pids: str) -> None:
+    note_pid(pids)
+    hang()
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_an_interrupt_ends_the_wait_for_ranks(interruptible: None, fresh: bool) -> None:
+def test_an_interrupt_ends_the_wait_for_ranks(interruptible: None, tmp_path: Path, fresh: bool) -> None:
+    def interrupt() -> None:
+        wait_until(lambda: len(noted(tmp_path)) == 2, "both ranks hang")
+        os.kill(os.getpid(), signal.SIGINT)
+
     distributed.close_pools()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
-        run_distributed(interrupt_the_parent, 2, os.getpid(), fresh=fresh)
-    assert not active_children()
+        run_distributed(hang_for_ever, 2, str(tmp_path), timeout_s=FOR_EVER_S, fresh=fresh)
+    thread.join()
+    assert not multiprocessing.active_children()
 
 
 def signal_mask() -> set[int]:
@@ -195,7 +204,7 @@ def leave(what: str) -> int:
     if what == "a patch":
         ranks.num_cores = lambda: 3  # type: ignore[assignment]
     elif what == "a thread":
-        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+        threading.Thread(target=hang, daemon=True).start()
     elif what == "a child":
         subprocess.Popen(["sleep", "600"])
     elif what == "a handler":
@@ -222,7 +231,8 @@ def test_ranks_that_a_call_changed_are_replaced(what: str) -> None:
             run_distributed(fail_on_one, 2, 1, "/nowhere")
     else:
         assert run_distributed(leave, 2, what) == before
-    assert not set(run_distributed(leave, 2, "")) & set(before) and not alive(before)
+    assert not set(run_distributed(leave, 2, "")) & set(before)
+    wait_until_gone(*before)
 
 
 def observe() -> tuple[int, float]:

@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from runs import command, overrides, write_corpus
+from waiting import LIMIT_S, wait_until
 
 from megatsp.training.logs import read_metrics
 
@@ -38,10 +38,8 @@ def metrics(folder: Path) -> list[dict]:
 
 def wait_for_steps(folder: Path, job: subprocess.Popen) -> None:
     """Until three iterations are logged."""
-    end = time.monotonic() + 120
-    while len(metrics(folder)) < 3:
-        assert time.monotonic() < end and job.poll() is None, job.communicate()
-        time.sleep(0.05)
+    wait_until(lambda: len(metrics(folder)) >= 3 or job.poll() is not None, "three iterations")
+    assert job.poll() is None, job.communicate()
 
 
 def processes(folder: Path) -> dict[int, str]:
@@ -59,24 +57,25 @@ def processes(folder: Path) -> dict[int, str]:
 
 
 def test_interrupted_it_saves_and_the_same_command_completes(start, tmp_path):
-    job = start("trainer.train_iters=60")
+    job = start("trainer.train_iters=1000000")
     wait_for_steps(tmp_path, job)
     job.send_signal(signal.SIGINT)
-    out, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 0, err
     assert err.strip() == "megatsp: finishing this step; Ctrl-C again aborts"
     stopped = metrics(tmp_path)[-1]["iteration"]
-    assert 3 <= stopped < 60
+    assert stopped >= 3
     assert f" interrupted: stopped after iteration {stopped}; the same command resumes\n" in out
     pointer = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert pointer.read_text() == f"{stopped}\n" and processes(tmp_path) == {}
 
-    job = start("trainer.train_iters=60")
-    out, err = job.communicate(timeout=120)
+    last = stopped + 5  # the same command, but that it comes to an end
+    job = start(f"trainer.train_iters={last}")
+    out, err = job.communicate(timeout=LIMIT_S)
     assert (job.returncode, err) == (0, "")
     assert f"resumed after iteration {stopped}; " in out
     steps = [entry["iteration"] for entry in metrics(tmp_path) if "lm loss" in entry]
-    assert steps == list(range(1, 61)) and pointer.read_text() == "60\n"
+    assert steps == list(range(1, last + 1)) and pointer.read_text() == f"{last}\n"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")
@@ -86,7 +85,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):
     running = processes(tmp_path)
     assert sorted(running.values()) == ["", "0", "1"]
     os.kill(next(pid for pid, rank in running.items() if rank == "1"), signal.SIGKILL)
-    _, err = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 137
     assert err.startswith("megatsp: error: rank 1: killed by SIGKILL\n")
     assert processes(tmp_path) == {}
@@ -95,7 +94,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):
 def test_under_torchrun_it_joins(start, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     job = start("trainer.train_iters=3", prefix=[*torchrun, "-m", "megatsp"])
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 0, err
     assert "on dp_replicate 1 x dp_shard 1 x cp 1 x tsp 2 x tp 1 (cpu)\n" in out
     losses = [entry["iteration"] for entry in metrics(tmp_path) if "checkpoint/save-s" not in entry]

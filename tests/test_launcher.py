@@ -5,11 +5,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT_S, is_alive, wait_until, wait_until_gone
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,11 +33,16 @@ modes, folder, rank = sys.argv[1].split(","), pathlib.Path(sys.argv[2]), int(os.
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 mode = modes[attempt]
 
+asked = []
+
+def hear(number):
+    asked.append(number)
+    (folder / f"asked{rank}").write_text("x" * len(asked))
+
 def work():
-    asked = []
     if mode == "graceful":
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda number, _: asked.append(number))
+            signal.signal(number, lambda number, _: hear(number))
     elif mode != "wait":
         signal.signal(signal.SIGTERM, lambda *_: None)  # as a rank does that only notes it
     (folder / f"attempt{attempt}rank{rank}").write_text(str(os.getpid()))
@@ -59,16 +64,15 @@ def work():
 
             validate(Config(name="a/b"), world_size=1)
         if mode == "killed":
-            child = subprocess.Popen(["sleep", "60"])
+            child = subprocess.Popen(["sleep", "infinity"])
             (folder / "child").write_text(str(child.pid))
             os.kill(os.getpid(), signal.SIGKILL)
         if mode == "hangs":
             (folder / "newest").write_text("3")  # but before that it saved
             return 76
         time.sleep(0.05)
-    while not asked:
+    while not asked or not (folder / "step").exists():  # a step that is finished first, when the test says so
         time.sleep(0.05)
-    time.sleep(1)  # the step that is finished first
     (folder / f"saved{rank}").write_text(str(len(asked)))
     return 0 if asked == [signal.SIGINT] else 75
 
@@ -89,24 +93,46 @@ class Job:
         script = folder / "rank.py"
         script.write_text(RANK)
         inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, limit, pause, str(script), mode, str(folder)],
-            env={**inherited, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), **environment},
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+        with (folder / "stderr").open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", LAUNCHER, limit, pause, str(script), mode, str(folder)],
+                env={**inherited, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), **environment},
+                stderr=stderr,
+                start_new_session=True,
+            )
+
+    @property
+    def said(self) -> str:
+        """The text on stderr so far."""
+        return (self.folder / "stderr").read_text()
+
+    def wait_until_asked(self, times: int = 1) -> None:
+        """Until both ranks were told so many times to end, and the user that they finish their step."""
+        files = [self.folder / f"asked{rank}" for rank in range(2)]
+        wait_until(
+            lambda: (
+                all(file.exists() and len(file.read_text()) >= times for file in files)
+                and self.said.count("finishing this step") >= times
+            ),
+            "the ranks are asked",
         )
+
+    def finish_step(self) -> None:
+        (self.folder / "step").touch()
+
+    def stop_again(self, number: signal.Signals) -> None:
+        """A second signal, again and again, for those that come at once with the first count as one."""
+        wait_until(lambda: self.process.poll() is not None or self.process.send_signal(number), "it ends")
 
     def wait_until_ready(self) -> list[int]:
         """The ranks' process ids, once both run."""
         files = [self.folder / f"ready{rank}" for rank in range(2)]
-        _wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files), "both ranks run")
         return [int(file.read_text().split()[0]) for file in files]
 
     def end(self) -> tuple[int, str]:
         """The exit status and the text on stderr."""
-        _, text = self.process.communicate(timeout=60)
-        return self.process.returncode, text
+        return self.process.wait(timeout=LIMIT_S), self.said
 
 
 @pytest.fixture
@@ -120,22 +146,7 @@ def start(tmp_path: Path) -> Iterator[object]:
     yield start_job
     for job in jobs:
         job.process.kill()
-        job.process.communicate()
-
-
-def _wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def _alive(pid: int) -> bool:
-    """Whether the process runs; a zombie that nobody reaps has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        job.process.wait()
 
 
 def test_success_is_silent_and_cores_are_shared(start, tmp_path):
@@ -158,7 +169,7 @@ def test_exception_shows_that_ranks_traceback_alone(start):
     assert text.startswith("megatsp: error: rank 1: RuntimeError: broken on purpose\nTraceback")
     assert 'raise RuntimeError("broken on purpose")' in text
     assert text.count("Traceback") == 1 and "ChildFailedError" not in text
-    assert not any(map(_alive, pids))
+    assert not any(map(is_alive, pids))
 
 
 def test_a_users_mistake_is_one_message(start):
@@ -176,7 +187,7 @@ def test_killed_rank_ends_the_job_and_is_named(start):
     job = start("killed,")
     pids = job.wait_until_ready()
     assert job.end() == (137, "megatsp: error: rank 1: killed by SIGKILL\n")
-    assert not any(map(_alive, pids))
+    assert not any(map(is_alive, pids))
 
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["launcher", "group"])
@@ -184,21 +195,23 @@ def test_interrupt_lets_every_rank_finish(start, tmp_path, whole_group):
     job = start("graceful")
     pids = job.wait_until_ready()
     (os.killpg if whole_group else os.kill)(job.process.pid, signal.SIGINT)
+    job.wait_until_asked()
+    job.finish_step()
     status, text = job.end()
     assert status == 0
     assert text.strip() == "megatsp: finishing this step; Ctrl-C again aborts"
     assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == ["1", "1"]
-    assert not any(map(_alive, pids))
+    assert not any(map(is_alive, pids))
 
 
 def test_second_interrupt_aborts(start, tmp_path):
     job = start("graceful,")
     pids = job.wait_until_ready()
     os.kill(job.process.pid, signal.SIGINT)
-    time.sleep(0.3)
-    os.kill(job.process.pid, signal.SIGINT)
+    job.wait_until_asked()
+    job.stop_again(signal.SIGINT)
     assert job.end()[0] == 130
-    assert not (tmp_path / "saved0").exists() and not any(map(_alive, pids))
+    assert not (tmp_path / "saved0").exists() and not any(map(is_alive, pids))
 
 
 def test_interrupt_of_ranks_that_do_not_handle_it(start):
@@ -206,7 +219,7 @@ def test_interrupt_of_ranks_that_do_not_handle_it(start):
     pids = job.wait_until_ready()
     os.kill(job.process.pid, signal.SIGINT)
     assert job.end()[0] == 130
-    assert not any(map(_alive, pids))
+    assert not any(map(is_alive, pids))
 
 
 def test_ranks_start_again_and_a_new_checkpoint_counts_anew(start, tmp_path):
@@ -224,39 +237,43 @@ def test_ranks_start_again_and_a_new_checkpoint_counts_anew(start, tmp_path):
     ]
     assert text.count("Traceback") == 1 and text.count("megatsp: error: rank 1: killed by SIGKILL") == 2
     files = [*tmp_path.glob("attempt*"), tmp_path / "child"]
-    assert len(files) == 11 and not any(_alive(int(file.read_text())) for file in files)
+    assert len(files) == 11 and not any(is_alive(int(file.read_text())) for file in files)
 
 
 def test_a_preemption_lets_every_rank_save_and_asks_for_a_requeue(start, tmp_path):
     job = start("graceful,", limit="3")
     pids = job.wait_until_ready()
     job.process.send_signal(signal.SIGUSR1)  # a scheduler's warning
-    time.sleep(0.2)
+    job.wait_until_asked()
     job.process.terminate()  # and its request
+    job.wait_until_asked(2)
+    job.finish_step()
     said = "".join(f"\nmegatsp: finishing this step ({name})\n" for name in ("SIGUSR1", "SIGTERM"))
     assert job.end() == (75, said)
     assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == ["2", "2"]
-    assert not any(map(_alive, pids))
+    assert not any(map(is_alive, pids))
 
 
 def test_a_second_sigterm_stops_hard(start, tmp_path):
     job = start("graceful,", limit="3")
     pids = job.wait_until_ready()
     job.process.terminate()
-    time.sleep(0.3)
-    job.process.terminate()
+    job.wait_until_asked()
+    job.stop_again(signal.SIGTERM)
     status, text = job.end()
     assert status == 143 and text.endswith("megatsp: error: stopped by SIGTERM\n")
-    assert not (tmp_path / "saved0").exists() and not any(map(_alive, pids))
+    assert not (tmp_path / "saved0").exists() and not any(map(is_alive, pids))
 
 
 def test_a_signal_ends_the_pause(start, tmp_path):
     job = start("killed,", limit="3", pause="200")
-    line = ""
-    while "start again in 200 s" not in line and job.process.poll() is None:
-        line = job.process.stderr.readline()
+    wait_until(
+        lambda: "start again in 200 s" in job.said or job.process.poll() is not None,
+        "it waits",
+    )
+    before = job.said
     job.process.terminate()
-    assert job.end() == (75, "")
+    assert job.end() == (75, before)
 
 
 def test_ranks_that_do_not_listen_yet_lose_nothing(start):
@@ -264,7 +281,7 @@ def test_ranks_that_do_not_listen_yet_lose_nothing(start):
     pids = job.wait_until_ready()
     job.process.terminate()
     assert job.end()[0] == 75
-    assert not any(map(_alive, pids))
+    assert not any(map(is_alive, pids))
 
 
 def test_terminated_launcher_ends_its_ranks(start):
@@ -272,13 +289,13 @@ def test_terminated_launcher_ends_its_ranks(start):
     pids = job.wait_until_ready()
     job.process.terminate()
     assert job.end() == (143, "megatsp: error: stopped by SIGTERM\n")
-    assert not any(map(_alive, pids))
+    assert not any(map(is_alive, pids))
 
 
 def test_killed_launcher_leaves_no_process(start):
     job = start("wait")
     pids = job.wait_until_ready()
-    assert all(map(_alive, pids))
+    assert all(map(is_alive, pids))
     job.process.kill()
     assert job.end()[0] == -signal.SIGKILL
-    _wait_for(lambda: not any(map(_alive, pids)), seconds=10)
+    wait_until_gone(*pids)

@@ -1,13 +1,12 @@
 """Ranks of several nodes: who failed is known by its number among all, and its peers are not blamed."""
 
 import os
-import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from runs import RANK_VARIABLES, ROOT
+from waiting import LIMIT_S, free_port
 
 from megatsp.exit_status import USER_ERROR
 from megatsp.launcher.outcome import read_outcomes
@@ -21,7 +20,7 @@ import megatsp.validate as ours
 def work():
     if os.environ["RANK"] == "3":
         exec(compile("raise ValueError('the cause')", "x", "exec"), vars(ours))
-    time.sleep(120)
+    time.sleep(3600)
 
 run_rank(work)
 """
@@ -32,7 +31,7 @@ from megatsp.launcher.agent import Nodes
 
 index, port = int(sys.argv[1]), sys.argv[2]
 once = launcher.Restarts(0, 0.0, lambda: -1)
-nodes = Nodes(index, 2, f"localhost:{port}", timeout_s=60)
+nodes = Nodes(index, 2, f"localhost:{port}", timeout_s=600)
 sys.exit(launcher.launch_local(2, [sys.executable, sys.argv[3]], once, nodes))
 """
 
@@ -44,15 +43,13 @@ def test_a_failure_on_the_second_node_is_its_ranks_own(tmp_path: Path) -> None:
     attempt.mkdir()
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     environment |= {"MEGATSP_ATTEMPT_FOLDER": str(attempt), "PYTHONPATH": str(ROOT)}
-    with socket.socket() as probe:
-        probe.bind(("localhost", random.randrange(20000, 30000)))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     processes = [
         subprocess.Popen([sys.executable, node, str(index), port, rank], env=environment, cwd=ROOT)
         for index in (0, 1)
     ]
     try:
-        assert processes[1].wait(timeout=100) == USER_ERROR
+        assert processes[1].wait(timeout=LIMIT_S) == USER_ERROR
     finally:
         for process in processes:
             process.kill()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import LIMIT_S
 
 from megatsp.launcher.failures import Failure, failures
 from megatsp.launcher.restarts import Count, Restarts
@@ -77,7 +78,7 @@ def test_a_hang_is_tried_again(tmp_path):
 def test_before_a_rank_is_started_a_job_can_be_put_off():
     code = "import os, signal; from megatsp import launcher\n"
     code += "with launcher.requeued(): os.kill(os.getpid(), signal.SIGTERM)"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
     assert (ended.returncode, ended.stderr) == (75, "megatsp: SIGTERM before a rank was started\n")
 
 

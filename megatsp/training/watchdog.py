@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +31,49 @@ from megatsp.training.collectives import flight, last_posted
 from megatsp.training.ranks import from_first
 
 _STDERR = 2  # the process's own: sys.stderr may be an object without a file
+_TOLD_S = 5.0  # that on_hang may take
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds without a beat after which each thing happens, in this order; and those between two looks."""
+
+    tick_s: float
+    looks_s: float  # this rank looks whether another one hangs
+    gives_up_s: float  # it hangs itself
+    says_s: float  # whoever has written nothing by then is named as the one that cannot
+    timer_s: float  # faulthandler ends a process in which no thread runs
+    exits_s: float  # a rank that waits for others waits no longer
+
+    @classmethod
+    def within(cls, timeout_s: float) -> "Limits":
+        """Those by which every rank has ended timeout_s after its last beat."""
+        gives_up_s = max(0.75 * timeout_s, timeout_s - 60)
+        exits_s = max(0.95 * timeout_s, timeout_s - 5)
+        rest_s = exits_s - gives_up_s
+        return cls(
+            tick_s=min(1.0, timeout_s / 20),
+            looks_s=timeout_s / 4,
+            gives_up_s=gives_up_s,
+            says_s=gives_up_s + rest_s / 2,
+            timer_s=gives_up_s + 0.75 * rest_s,
+            exits_s=exits_s,
+        )
+
+
+class Clock:
+    """The time that a watchdog goes by. Tests give it one that stands until their rank hangs."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        """Returns whether the event is set, at the latest after so many seconds."""
+        return event.wait(seconds)
+
+    def wind(self, seconds: float) -> None:
+        """Lets faulthandler end this process after so many seconds, unless it is wound anew."""
+        faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
 
 
 class Watchdog:
@@ -39,22 +83,21 @@ class Watchdog:
         folder: the run's.
         timeout_s: from the last beat to the exit; 0 watches nothing.
         traffic: of the axes, if they are known already: else set it later.
+        clock: what the limits are counted by.
 
     on_hang, if set, is called with the summary by the rank that prints it, in a thread: it may take what is
     left of the time, but 5 s at most, and may fail.
     """
 
-    def __init__(self, folder: Path, timeout_s: float, traffic: Traffic | None = None) -> None:
+    def __init__(
+        self, folder: Path, timeout_s: float, traffic: Traffic | None = None, clock: Clock | None = None
+    ) -> None:
         self.traffic = traffic
         self.on_hang: Callable[[str], object] | None = None
         self._folder, self._timeout_s = folder, timeout_s
-        self._tick_s = min(1.0, timeout_s / 20)
-        self._looks_s = timeout_s / 4  # when it is quiet enough to look whether another rank hangs
-        self._gives_up_s = max(0.75 * timeout_s, timeout_s - 60)
-        self._exits_s = max(0.95 * timeout_s, timeout_s - 5)
-        rest_s = self._exits_s - self._gives_up_s
-        self._says_s, self._timer_s = self._gives_up_s + rest_s / 2, self._gives_up_s + 0.75 * rest_s
-        self._last = (time.monotonic(), "starting")
+        self._limits = Limits.within(timeout_s)
+        self._clock = clock or Clock()
+        self._last = (self._clock.now(), "starting")
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._rank, self._size = 0, 1
@@ -62,7 +105,7 @@ class Watchdog:
 
     def beat(self, what: str) -> None:
         """This rank got on: it now does `what`. Costs next to nothing."""
-        self._last = (time.monotonic(), what)
+        self._last = (self._clock.now(), what)
 
     def __enter__(self) -> "Watchdog":
         if not self._timeout_s:
@@ -73,7 +116,7 @@ class Watchdog:
             started = from_first(started)
         self._hang = self._folder / "hangs" / started
         self.beat("starting")
-        faulthandler.dump_traceback_later(self._timer_s, exit=True, file=_STDERR)
+        self._clock.wind(self._limits.timer_s)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -87,52 +130,57 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._tick_s):
-            quiet_s = time.monotonic() - self._last[0]
+        limits = self._limits
+        while not self._clock.wait(self._ended, limits.tick_s):
+            quiet_s = self._clock.now() - self._last[0]
             # Wound up anew as long as threads run; nothing holds Python's lock then.
-            faulthandler.dump_traceback_later(max(0.1, self._timer_s - quiet_s), exit=True, file=_STDERR)
-            if quiet_s > self._gives_up_s or (quiet_s > self._looks_s and self._hang.is_dir()):
+            self._clock.wind(max(0.1, limits.timer_s - quiet_s))
+            if quiet_s > limits.gives_up_s or (quiet_s > limits.looks_s and self._hang.is_dir()):
                 self._end()
 
     def _end(self) -> None:
         """Writes what this rank knows, waits for the others', says who hangs, and exits."""
         since, what = self._last
-        quiet_s = time.monotonic() - since
-        left_s = max(self._tick_s, self._timeout_s - quiet_s)
-        faulthandler.dump_traceback_later(
-            left_s, exit=True, file=_STDERR
-        )  # if torch's recorder is what is stuck
+        quiet_s = self._clock.now() - since
+        self._clock.wind(max(self._limits.tick_s, self._timeout_s - quiet_s))  # torch's recorder may be stuck
         try:
             self._dump(what, quiet_s)
-            found = self._others(since + self._says_s)
+            found = self._others(since + self._limits.says_s)
         except OSError as error:  # a full disk, perhaps what it hangs for
             print(f"megatsp: cannot write {self._hang}: {error.strerror}", file=sys.stderr)
             faulthandler.dump_traceback(_STDERR)
             found = {self._rank: {"what": what, "quiet_s": quiet_s, "collectives": {}}}
         told = self._hang / "told"
+        exits = since + self._limits.exits_s
         if self._rank == min(found):
             text = summary(found, self._size, self._hang)
             print(text, file=sys.stderr, flush=True)
-            self._tell(text, since + self._exits_s)
+            self._tell(text, exits)
             with suppress(OSError):
                 told.touch()
         # A rank without threads has its timer yet; and launchers kill all once one has ended.
-        while time.monotonic() < since + self._exits_s and (len(found) < self._size or not told.exists()):
-            time.sleep(self._tick_s / 4)
+        while self._clock.now() < exits and (len(found) < self._size or not told.exists()):
+            self._pause()
         os._exit(HANG)
+
+    def _pause(self) -> None:
+        self._clock.wait(threading.Event(), self._limits.tick_s / 4)
 
     def _tell(self, text: str, deadline: float) -> None:
         """Calls on_hang, and waits for it as long as there is time."""
+        if self.on_hang is None:
+            return
+        on_hang, done = self.on_hang, threading.Event()
 
         def tell() -> None:
-            assert self.on_hang is not None
             with suppress(Exception):  # the hang was printed: this process ends for it, for nothing else
-                self.on_hang(text)
+                on_hang(text)
+            done.set()
 
-        if self.on_hang is not None:
-            teller = threading.Thread(target=tell, name="hang", daemon=True)
-            teller.start()
-            teller.join(max(0.0, min(5.0, deadline - time.monotonic())))
+        threading.Thread(target=tell, name="hang", daemon=True).start()
+        deadline = min(deadline, self._clock.now() + _TOLD_S)
+        while not done.is_set() and self._clock.now() < deadline:
+            self._clock.wait(done, self._limits.tick_s / 4)
 
     def _dump(self, what: str, quiet_s: float) -> None:
         self._hang.mkdir(parents=True, exist_ok=True)
@@ -156,9 +204,9 @@ class Watchdog:
         paths = {rank: self._hang / f"rank_{rank:05d}.json" for rank in range(self._size)}
         while True:
             there = {rank: path for rank, path in paths.items() if path.exists()}
-            if len(there) == self._size or time.monotonic() > deadline:
+            if len(there) == self._size or self._clock.now() > deadline:
                 return {rank: json.loads(path.read_text()) for rank, path in there.items()}
-            time.sleep(self._tick_s / 4)
+            self._pause()
 
 
 def summary(found: dict[int, dict[str, Any]], size: int, folder: Path) -> str:

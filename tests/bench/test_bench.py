@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from runs import RANK_VARIABLES
+from waiting import LIMIT_S, hang, wait_until
 
 from megatsp import cli
 from megatsp.bench import runner
@@ -88,7 +88,7 @@ def broken(config, device):
 
 
 def hanging(config, device):
-    time.sleep(600)
+    hang()
 
 
 @pytest.fixture
@@ -166,16 +166,16 @@ def test_interrupted_it_keeps_its_rows_and_leaves_no_process(tmp_path: Path, int
         start_new_session=True,
     )
     try:
-        end = time.monotonic() + 60
-        while not file.exists() or not rows_of(file)["tsp"]["speeds"]:
-            assert time.monotonic() < end and job.poll() is None, job.communicate()
-            time.sleep(0.05)
+        wait_until(
+            lambda: job.poll() is not None or (file.exists() and rows_of(file)["tsp"]["speeds"]), "a row"
+        )
+        assert job.poll() is None, job.communicate()
         assert len(belonging(str(tmp_path))) > 1
         if number is signal.SIGINT:
             os.killpg(job.pid, number)  # as a terminal does
         else:
             job.send_signal(number)
-        out, err = job.communicate(timeout=60)
+        out, err = job.communicate(timeout=LIMIT_S)
     finally:
         job.kill()
     assert job.returncode == (-number if number is signal.SIGKILL else 130)
@@ -183,10 +183,7 @@ def test_interrupted_it_keeps_its_rows_and_leaves_no_process(tmp_path: Path, int
     if number is signal.SIGINT:
         assert "ratio to tsp" in out and "interrupted; this is what was measured before" in err
         assert "Traceback" not in err
-    end = time.monotonic() + 10
-    while belonging(str(tmp_path)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not belonging(str(tmp_path))
+    wait_until(lambda: not belonging(str(tmp_path)), lambda: f"{belonging(str(tmp_path))} have ended")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from waiting import LIMIT_S, wait_until
 
 from megatsp.checkpoint import paths, saver, store
 from megatsp.checkpoint.manifest import check_files
@@ -69,12 +70,13 @@ def state(iteration: int) -> RunState:
 def news(of: Saver, count: int) -> list[Saved | Failed]:
     """The next so many outcomes, once they are there."""
     found: list[Saved | Failed] = []
-    until = time.monotonic() + 30
-    while len(found) < count:
-        assert time.monotonic() < until, found
+
+    def are_there() -> bool:
         if (outcome := of.collect()) is not None:
             found.append(outcome)
-        time.sleep(0.002)
+        return len(found) == count
+
+    wait_until(are_there, lambda: f"{count} outcomes, beside {found}", pause_s=0.002)
     return found
 
 
@@ -98,7 +100,7 @@ def held_writes(monkeypatch):
     release, write = threading.Event(), store.write
 
     def wait_and_write(*given):
-        assert release.wait(30)
+        assert release.wait(LIMIT_S)
         return write(*given)
 
     monkeypatch.setattr(saver.store, "write", wait_and_write)
@@ -185,22 +187,35 @@ def test_copies_from_a_gpu_are_pinned():
 
 def _go_on(folder: Path) -> None:
     """Trains while it saves; one is in flight, old ones go, BEST moves; then the same in the foreground."""
-    monkeypatch = pytest.MonkeyPatch()
-    of = Saver(folder, CheckpointConfig(keep_last=2))
-    tensors = sharded(1)
-    with held_writes(monkeypatch) as release:
+    monkeypatch, clock, looks = pytest.MonkeyPatch(), [5.0], []
+    real = saver.time
+    monkeypatch.setattr(
+        saver, "time", SimpleNamespace(perf_counter=lambda: clock[0], monotonic=real.monotonic)
+    )
+    with held_writes(pytest.MonkeyPatch()) as release:
+
+        def look() -> None:
+            """While the second save waits for the first, which takes a while."""
+            assert not of.finished
+            looks.append(clock[0])
+            clock[0] += 0.25
+            release.set()
+
+        of = Saver(folder, CheckpointConfig(keep_last=2), beat=look)
+        tensors = sharded(1)
         of.save(state(1), tensors, {"config.yaml": b"a"}, None, best=1)
         train(tensors, 2)
         assert not of.finished and of.collect() is None
-        threading.Timer(0.2, release.set).start()
-        since = time.monotonic()
+        assert not looks
         of.save(state(2), tensors, {"config.yaml": b"b"}, None, best=1)
-        assert time.monotonic() - since > 0.15  # the first has gone before the second is copied
+        assert looks and of.finished  # the first has gone before the second is copied
+        stall_ms = 1e3 * (clock[0] - looks[0])
+    monkeypatch.undo()
     train(tensors, 3)
     first, second = news(of, 2)
     assert isinstance(first, Saved) and isinstance(second, Saved)
     assert (first.iteration, second.iteration) == (1, 2)
-    assert second.stall_ms > 150 and second.folder == paths.folder_of(folder, 2)
+    assert second.stall_ms >= stall_ms >= 250 and second.folder == paths.folder_of(folder, 2)
     assert second.bytes == sum(path.stat().st_size for path in second.folder.rglob("*") if path.is_file()) - (
         (second.folder / "manifest.json").stat().st_size
     )
@@ -358,7 +373,7 @@ def test_a_program_that_ends_without_closing_waits_for_no_retry(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True,
-        timeout=100, check=False,
+        timeout=LIMIT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]
@@ -375,13 +390,14 @@ def test_waiting_for_a_save_is_progress_while_its_files_grow(tmp_path, grows):
 
     def write() -> None:
         with (tmp_path / "iter_0000001.tmp" / "shard").open("ab", buffering=0) as file:
-            while len(beats) < 3 if grows else not stopped.wait(1):
+            while len(beats) < 3 if grows else len(looks) < 5:
                 file.write(b"x" if grows else b"")
 
-    stopped = threading.Event()
+    looks: list[int] = []
+    count = saver._written
+    saver._written = lambda: looks.append(count()) or looks[-1]
     saver._thread = threading.Thread(target=write)
     saver._thread.start()
-    threading.Timer(1.5, stopped.set).start()
     saver._wait()
     assert len(beats) >= 3 if grows else len(beats) == 1  # when it began to look
 

@@ -1,10 +1,10 @@
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from corpora import some_sizes, splits, write
 from distributed import run_distributed
+from waiting import wait_until
 
 from megatsp.axes import Axes
 from megatsp.data.blend import Blend
@@ -132,11 +132,8 @@ def test_batches_are_ready_before_they_are_asked_for(folder):
     loader = Loader(source, 0, Share(GLOBAL, 3, 0, 1, ((0, T),)), DataConfig(num_workers=1), pin=False)
     try:
         next(loader)
-        deadline = time.monotonic() + 60
         queue = loader._iterator._data_queue  # what has arrived from the process
-        while queue.qsize() < 3 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert queue.qsize() >= 3
+        wait_until(lambda: queue.qsize() >= 3, lambda: f"{queue.qsize()} batches are ready")
     finally:
         loader.close()
 

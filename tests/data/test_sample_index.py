@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import some_sizes, splits, write
+from waiting import LIMIT_S
 
 from megatsp.data import packing, sample_index
 from megatsp.data.corpus import Corpus
@@ -85,7 +86,7 @@ def test_many_processes_at_once_build_it_once(prefix):
         )
         for _ in range(4)
     ]
-    outputs = [rank.communicate(timeout=120)[0].split(" ", 1) for rank in ranks]
+    outputs = [rank.communicate(timeout=LIMIT_S)[0].split(" ", 1) for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks)
     assert sum(int(built) for built, _ in outputs) == 2  # train and valid
     assert len({rest for _, rest in outputs}) == 1

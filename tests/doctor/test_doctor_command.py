@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from runs import RANK_VARIABLES, ROOT
+from waiting import LIMIT_S, free_port
 
 from megatsp.doctor import command
 from megatsp.doctor.finding import OK, PROBLEM, WARNING, Finding
@@ -55,12 +56,7 @@ def test_ranks_of_a_launcher_print_one_table(tmp_path: Path):
     """Under torchrun's variables: two ranks of one host, and a problem that both end with."""
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     environment |= {"MASTER_ADDR": "127.0.0.1", "WANDB_MODE": "wrong"}
-    from torch.distributed import TCPStore
-
-    free = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = free.port
-    del free
-    environment |= {"MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "megatsp", "doctor", "--output-dir", str(tmp_path)],
@@ -69,7 +65,7 @@ def test_ranks_of_a_launcher_print_one_table(tmp_path: Path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    (first, error), (second, _) = (rank.communicate(timeout=120) for rank in ranks)
+    (first, error), (second, _) = (rank.communicate(timeout=LIMIT_S) for rank in ranks)
     assert [rank.returncode for rank in ranks] == [1, 1], error
     assert second == ""
     lines = first.splitlines()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from runs import ROOT
+from waiting import LIMIT_S
 
 from megatsp.compose import compose
 from megatsp.jobs.attempts import read_attempts
@@ -82,7 +83,7 @@ class Fake:
         }  # fmt: skip
         return subprocess.run(
             ["bash", *arguments],
-            env=os.environ | own | variables, capture_output=True, text=True, timeout=60,
+            env=os.environ | own | variables, capture_output=True, text=True, timeout=LIMIT_S,
         )  # fmt: skip
 
     def calls(self, word: str) -> list[str]:
@@ -160,7 +161,7 @@ def test_a_step_asks_for_no_more_cores_than_every_node_has(fake: Fake, variables
 def test_plain_sbatch_refuses_what_its_lines_say(key: str) -> None:
     file = ROOT / "launch" / "pretrain.sbatch"
     result = subprocess.run(
-        ["bash", file, "optimizer.lr=1e-4", key], capture_output=True, text=True, timeout=60
+        ["bash", file, "optimizer.lr=1e-4", key], capture_output=True, text=True, timeout=LIMIT_S
     )
     assert result.returncode == 2
     assert result.stderr.startswith(f"{key}: this job has its nodes and limits from #SBATCH lines")

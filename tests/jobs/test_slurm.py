@@ -16,6 +16,7 @@ import pytest
 from runs import ROOT, losses, overrides, train_on_ranks, write_corpus
 from safetensors.numpy import load_file
 from slurm import Cluster, cluster, ranks_of, signal_ranks, tasks_on
+from waiting import LIMIT_S
 from wandb_files import all_rows
 
 from megatsp.jobs.attempts import Attempt, read_attempts
@@ -23,7 +24,7 @@ from megatsp.training.logs import read_metrics
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons are started by root"),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(3 * LIMIT_S),
 ]
 
 MESH = ("launch.nodes=2", "launch.nproc=2", "parallel.tsp=2")
@@ -66,7 +67,7 @@ class Run:
             metrics = self.folder / "metrics.jsonl"
             return metrics.is_file() and any(e["iteration"] >= iteration for e in read_metrics(metrics))
 
-        self.slurm.wait(has, f"iteration {iteration} of {self.folder.name}")
+        self.slurm.wait(has, f"iteration {iteration} of {self.folder.name}", pause_s=0.01)
 
     def pause(self, number: int, iteration: int) -> None:
         """Stops the ranks of an attempt once they have got so far."""
@@ -295,7 +296,7 @@ def test_plain_sbatch_does_the_same(slurm: Cluster, corpus: Path, tmp_path: Path
     environment = slurm.environment | {"PYTHON": sys.executable}
     said = subprocess.run(
         ["sbatch", "--parsable", *options, str(ROOT / "launch" / "pretrain.sbatch"), *run],
-        env=environment, check=True, capture_output=True, text=True, timeout=60,
+        env=environment, check=True, capture_output=True, text=True, timeout=LIMIT_S,
     ).stdout  # fmt: skip
     job = said.strip() + "_3" * len(array)
     assert slurm.finish(job) == "COMPLETED", (tmp_path / "job.log").read_text()

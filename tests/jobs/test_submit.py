@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from runs import ROOT, overrides
+from waiting import LIMIT_S
 
 from megatsp import cli
 from megatsp.jobs.command import USAGE
@@ -390,7 +391,7 @@ def test_examples_of_the_help_and_of_the_document_can_be_pasted(tmp_path):
     result = subprocess.run(
         ["bash", "-ec", "\n".join(lines)],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("#!/bin/bash") == 4 and (tmp_path / "mesh.png").is_file()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from runs import overrides
 from slurm import cluster
+from waiting import LIMIT_S
 
 from megatsp.axes import Axes
 from megatsp.bench.memory import fake_group
@@ -31,13 +32,13 @@ MESH = (
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons are started by root")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3 * LIMIT_S)
 @pytest.mark.parametrize("nodes", [16, pytest.param(128, marks=pytest.mark.slow)])
 def test_tasks_stand_where_axes_says(nodes: int, tmp_path: Path) -> None:
     arguments = overrides(tmp_path / "none", tmp_path, *MESH, f"launch.nodes={nodes}")
     with cluster(tmp_path / "cluster", nodes, GPUS) as slurm:
         job = slurm.submit("preflight", *arguments)
-        assert slurm.finish(job, timeout_s=300) == "COMPLETED"
+        assert slurm.finish(job) == "COMPLETED"
     folder = tmp_path / "run" / "slurm" / f"job_{job}"
     (attempt,) = read_attempts(folder)
     assert attempt.action == "done"

@@ -11,6 +11,7 @@ import pytest
 from dying import dying_job
 from megatsp_kernels import registry
 from megatsp_kernels.aot import compile_variant
+from waiting import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,11 +30,13 @@ def compiling(*arguments: str, timeout_s: float) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3 * LIMIT_S)
 def test_every_kernel_passes_the_gate_on_every_chip(tmp_path):
     """All of them, unless docs/benchmarks/aot.md says that these very sources passed: then a sample."""
     file = tmp_path / "aot.json"
-    found = compiling("scripts/aot_report.py", "--check", "--known", "--json", str(file), timeout_s=890)
+    found = compiling(
+        "scripts/aot_report.py", "--check", "--known", "--json", str(file), timeout_s=3 * LIMIT_S
+    )
     assert found.returncode == 0, found.stdout + found.stderr[-2000:]
     rows = json.loads(file.read_text())
     assert {row["job"]["op"] for row in rows} == {*registry.OPS}
@@ -43,7 +46,7 @@ def test_every_kernel_passes_the_gate_on_every_chip(tmp_path):
 
 @pytest.fixture(scope="module")
 def judged() -> dict[str, dict[str, list[str]]]:
-    found = compiling("tests/kernels/violations.py", timeout_s=290)
+    found = compiling("tests/kernels/violations.py", timeout_s=LIMIT_S)
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout)
 

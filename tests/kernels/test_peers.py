@@ -281,7 +281,7 @@ def rank_provider_fails(make: Provider, step: str) -> str:
     ],
 )
 def test_where_one_rank_has_no_gpu_memory_all_say_why(make, step, what):
-    for message in run_distributed(rank_provider_fails, 2, make, step):
+    for message in run_distributed(rank_provider_fails, 2, make, step, fresh=True):
         assert message == f"{what} cannot be made: rank 1: RuntimeError: no such door"
 
 

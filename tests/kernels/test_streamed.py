@@ -31,6 +31,7 @@ from megatsp_kernels.streamed.reference import bucket, gradient
 from megatsp_kernels.streamed.reference import matmul as reference
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from waiting import LIMIT_S
 
 WIDTHS = (9, 6, 1)  # columns of a bucket's three matrices; the first two are stored the other way round
 
@@ -48,7 +49,7 @@ def factors_of(rank: int, epoch: int, h: int, dtype: torch.dtype) -> tuple[Tenso
     return tokens.t(), randn(5, sum(WIDTHS), seed=50 + rank + 100 * epoch, dtype=dtype)
 
 
-def exchanges(ranks: int, rows: int, timeout_s: float = 60, slack: int = 0) -> list[Exchange]:
+def exchanges(ranks: int, rows: int, timeout_s: float = LIMIT_S, slack: int = 0) -> list[Exchange]:
     """One a simulated peer. slack: bytes of a slice that stay free."""
     most = 4 * rows * sum(WIDTHS) + slack
     layout = layout_for(ranks, most, most, DEVICE)
@@ -249,9 +250,8 @@ def test_after_a_wait_in_vain_no_other_lasts():
     exchange = never("publish")[0]
     exchange.set_timeout(3600)
     landing = torch.zeros(8, 16, device=DEVICE)
-    start = time.monotonic()
-    pull(Pull(exchange.peers, 5, landing))
-    assert time.monotonic() - start < 60 and landing.isnan().all()
+    pull(Pull(exchange.peers, 5, landing))  # in an hour, or pytest's limit of a test strikes
+    assert landing.isnan().all()
 
 
 def rank_rounds(ranks: int, rows: int, epochs: int, name: str) -> list[str]:
@@ -259,7 +259,7 @@ def rank_rounds(ranks: int, rows: int, epochs: int, name: str) -> list[str]:
     rank, dtype, wrong = dist.get_rank(), getattr(torch, name), []
     most = 4 * rows * sum(WIDTHS)
     layout = layout_for(ranks, most, most, torch.device("cpu"))
-    exchange = Exchange(shared(layout.num_bytes), layout, 60)
+    exchange = Exchange(shared(layout.num_bytes), layout, LIMIT_S)
     chance, memory = random.Random(rank), Poisoned()
     held: list[tuple] = []
 
@@ -302,34 +302,38 @@ def test_real_ranks_get_buckets_and_gradients(ranks, rows, epochs, dtype):
     assert run_distributed(rank_rounds, ranks, ranks, rows, epochs, dtype) == [[]] * ranks
 
 
-def rank_beside_a_dead_one() -> tuple[str, float]:
+def rank_beside_a_dead_one() -> tuple[str, int]:
     rank = dist.get_rank()
     layout = layout_for(3, 1000, 1000, torch.device("cpu"))
     exchange = Exchange(shared(layout.num_bytes), layout, timeout_s=0.5)
     dist.barrier()
     if rank == 2:
-        return "", 0.0
-    start = time.monotonic()
+        dist.barrier()
+        return "", 0
+    epochs = 0
     with pytest.raises(PeerError) as caught:
         for epoch in range(3):
             posted = exchange.publish(columns_of(rank, epoch, 4), torch.float32)
+            if epoch == 0:
+                dist.barrier()  # so that nobody waits for one that is merely slow
             posted.wait()
             assert posted.landing[8:].isnan().all()
-    return str(caught.value), time.monotonic() - start
+            epochs += 1
+    return str(caught.value), epochs
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="CPU ranks need the interpreter")
-def test_a_dead_rank_is_named_within_the_bound():
-    for rank, (message, waited_s) in enumerate(run_distributed(rank_beside_a_dead_one, 3)[:2]):
+def test_a_dead_rank_is_named_after_one_wait():
+    for rank, (message, waits) in enumerate(run_distributed(rank_beside_a_dead_one, 3)[:2]):
         assert message.startswith(
             f"rank {rank} waited 0.5 s for rank 2's flag 'slice of epoch 1': it is at 0"
         )
-        assert waited_s < 20
+        assert waits == 1
 
 
-def rank_probe(breaks: str) -> tuple[str | None, float]:
+def rank_probe(breaks: str) -> str | None:
     layout = layout_for(2, 256, 256, torch.device("cpu"))
-    exchange = Exchange(shared(layout.num_bytes), layout, 60)
+    exchange = Exchange(shared(layout.num_bytes), layout, LIMIT_S)
     (elsewhere,) = local(layout.num_bytes, 1, torch.device("cpu"))
     if dist.get_rank() == 1 and breaks == "writes":
         exchange.memory.table[0] = elsewhere.table[0]  # what it writes to rank 0 goes nowhere
@@ -340,8 +344,7 @@ def rank_probe(breaks: str) -> tuple[str | None, float]:
         module.publish = lambda peers, epoch, columns, dtype: true(  # type: ignore[assignment]
             peers, epoch, [c + (epoch == 3) for c in columns], dtype
         )
-    start = time.monotonic()
-    return probe(exchange, torch.float32, timeout_s=0.3), time.monotonic() - start
+    return probe(exchange, torch.float32, timeout_s=0.3 if breaks == "writes" else LIMIT_S)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="CPU ranks need the interpreter")
@@ -354,10 +357,9 @@ def rank_probe(breaks: str) -> tuple[str | None, float]:
     ],
 )
 def test_a_probe_finds_what_does_not_work(breaks, reason):
-    found = run_distributed(rank_probe, 2, breaks)
-    assert found[0][0] == found[1][0]
-    assert found[0][0] is None if reason is None else found[0][0].startswith(reason)
-    assert max(seconds for _, seconds in found) < 30
+    first, second = run_distributed(rank_probe, 2, breaks)
+    assert first == second
+    assert first is None if reason is None else first.startswith(reason)
 
 
 def test_it_works_on_fake_tensors():
@@ -453,7 +455,7 @@ for target, chip, text in (
 def test_waits_acquire_and_release_for_the_whole_system():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=LIMIT_S
     )
     lines = result.stdout.splitlines()
     assert lines == [f"{target} streamed/publish True" for target in ("gfx942", "sm_90")], result.stderr

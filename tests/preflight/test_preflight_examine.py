@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_distributed
 from runs import RANK_VARIABLES, ROOT, TINY
+from waiting import LIMIT_S
 
 from megatsp import cli
 from megatsp.cluster.profiles import Expected
@@ -208,7 +209,7 @@ def faults() -> list:
 
 
 def test_faults_are_named_and_spares_take_over():
-    every_rank = run_distributed(faults, 6, timeout_s=240)
+    every_rank = run_distributed(faults, 6)
     assert all(results == every_rank[0] for results in every_rank)  # all come to the same choice
     reports, tables = zip(*every_rank[0], strict=True)
     good, slow, wrong, link, warned, few, below, burst, broken, unclear, brief, unfit, seen_late = reports
@@ -361,7 +362,7 @@ def test_the_command_alone():
     ran = subprocess.run(
         [sys.executable, "-m", "megatsp", "preflight", "--json", "--repeats", "1", *TINY, "launch.nproc=2",
          "parallel.tsp=2"],
-        env=environment(), capture_output=True, text=True, timeout=200, cwd=ROOT,
+        env=environment(), capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     report = json.loads(ran.stdout)
@@ -375,7 +376,7 @@ def test_a_mistake_of_ranks_started_here_is_told_once():
     ran = subprocess.run(
         [sys.executable, "-m", "megatsp", "preflight", *TINY, "launch.nproc=2", "parallel.tsp=2",
          "launch.device=cuda"],
-        env=environment(), capture_output=True, text=True, timeout=200, cwd=ROOT,
+        env=environment(), capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT,
     )  # fmt: skip
     assert ran.returncode == 2
     assert ran.stderr.count("megatsp: error: ") == 1, ran.stderr

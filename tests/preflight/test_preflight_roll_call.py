@@ -2,20 +2,20 @@
 
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from runs import RANK_VARIABLES
+from waiting import LIMIT_S, free_port, wait_until
 
 from megatsp.cluster.mesh import coordinates
 from megatsp.preflight import facts as facts_module
+from megatsp.preflight.decide import Answer
 from megatsp.preflight.facts import facts
 from megatsp.preflight.files import write_report
 from megatsp.preflight.host import Host, Token, listen
@@ -25,23 +25,34 @@ MESH = "dp_replicate=1,dp_shard=2,cp=1,tsp=4,tp=1"
 SIZES = read_mesh(MESH)
 
 
-def free_port() -> int:
-    """Below those that the kernel gives to outgoing connections, of which other tests have many."""
-    while True:
-        with socket.socket() as probe:
-            try:
-                probe.bind(("localhost", random.randrange(20000, 30000)))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
+# Rank 0's time is up once so many others have answered, and not before.
+TIME_IS_UP = """
+import sys, time
+from megatsp.preflight import roll_call
+from megatsp.preflight.host import Host
+collect, few = Host.collect, {few}
+def until_few(host, deadline):
+    assert deadline - time.monotonic() < roll_call._parse(sys.argv[1:]).timeout
+    while len(found := collect(host, time.monotonic() + 0.1)) < few:
+        pass
+    return found
+Host.collect = until_few
+sys.exit(roll_call.main(sys.argv[1:]))
+"""
 
 
 def call_roll(
-    folder: Path, ranks: Sequence[int], num_nodes: int, *options: str, folders: dict[int, Path] | None = None
+    folder: Path,
+    ranks: Sequence[int],
+    num_nodes: int,
+    *options: str,
+    folders: dict[int, Path] | None = None,
+    few: int = 0,
 ) -> tuple[dict[int, int], dict[int, str], dict[int, str]]:
     """Starts these ranks of `num_nodes` nodes of four; two nodes are needed.
 
-    folders: what some ranks take for the folder. Returns exit statuses, outputs and errors by rank.
+    folders: what some ranks take for the folder. few: answers after which rank 0 waits for no more.
+    Returns exit statuses, outputs and errors by rank.
     """
     address = f"localhost:{free_port()}"
     processes: dict[int, subprocess.Popen[str]] = {}
@@ -54,12 +65,15 @@ def call_roll(
                 "SLURM_STEP_NODELIST": f"n[0-{num_nodes - 1}]",
             }  # fmt: skip
             own = (folders or {}).get(rank, folder)
+            program = ["-m", "megatsp.preflight.roll_call"]
+            if few and rank == 0:
+                program = ["-c", TIME_IS_UP.format(few=few)]
             processes[rank] = subprocess.Popen(
-                [sys.executable, "-m", "megatsp.preflight.roll_call", "--address", address, "--nodes", "2",
+                [sys.executable, *program, "--address", address, "--nodes", "2",
                  "--ranks-per-node", "4", "--mesh", MESH, "--folder", str(own), *options],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
-        said = {rank: process.communicate(timeout=120) for rank, process in processes.items()}
+        said = {rank: process.communicate(timeout=LIMIT_S) for rank, process in processes.items()}
     finally:
         for process in processes.values():
             process.kill()
@@ -110,7 +124,7 @@ def test_a_spare_that_is_not_needed(tmp_path):
 
 
 def test_a_node_that_is_missing(tmp_path):
-    statuses, _, errors = call_roll(tmp_path, [0, 1, 2, 3, 4], 2, "--timeout", "6")
+    statuses, _, errors = call_roll(tmp_path, [0, 1, 2, 3, 4], 2, few=4)
     assert set(statuses.values()) == {77}
     assert "2 nodes are needed, but only 1 of the 2" in errors[0]
     assert "n1: no answer from ranks 5, 6, 7" in errors[0] and "launch.spare_nodes" in errors[0]
@@ -119,20 +133,21 @@ def test_a_node_that_is_missing(tmp_path):
     assert not json.loads((tmp_path / "roll_call.json").read_text())["enough"]
 
 
-def test_a_rank_that_comes_too_late(tmp_path):
+def test_a_rank_that_comes_too_late(tmp_path, monkeypatch):
     """Its node is left out, and it is no reason for the job to end."""
     port = free_port()
     late = {"RANK": "4", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "SLURMD_NODENAME": "n1"}
 
     def come_late(enough: bool) -> int:
         given = ["--address", f"localhost:{port}", "--nodes", "1", "--ranks-per-node", "4", "--folder"]
-        given += [str(tmp_path), "--mesh", MESH.replace("dp_shard=2", "dp_shard=1"), "--timeout", "20"]
-        timer = threading.Timer(1.0, write_report, (tmp_path / "roll_call.json", {"enough": enough}))
-        timer.start()
-        try:
-            return main(given, late)
-        finally:
-            timer.join()
+        given += [str(tmp_path), "--mesh", MESH.replace("dp_shard=2", "dp_shard=1")]
+
+        def call(*address: object, **options: object) -> None:
+            write_report(tmp_path / "roll_call.json", {"enough": enough})  # rank 0, which then is gone
+            raise ConnectionRefusedError
+
+        monkeypatch.setattr(socket, "create_connection", call)
+        return main(given, late)
 
     assert come_late(True) == 0
     assert come_late(False) == 77  # the report of before is another file
@@ -167,9 +182,36 @@ def test_nothing_heavy_is_imported():
 def answer_line(**changes) -> bytes:
     said = {
         "rank": 1, "node": "n0", "local_rank": 1, "boot_id": "b", "facts": {}, "job": "17", "token": "",
-        "clock": time.time(), **changes,
+        "clock": 0.0, **changes,
     }  # fmt: skip
     return json.dumps(said).encode() + b"\n"
+
+
+def heard(host: Host, guest: socket.socket) -> list[Answer]:
+    """The answers once the host has counted what this guest said, or hung up on it."""
+    found: list[Answer] = []
+
+    def is_done() -> bool:
+        nonlocal found
+        found = host.collect(time.monotonic() + 0.05)
+        counted = any(other.getpeername()[1] == guest.getsockname()[1] for _, other in host._answers.values())
+        return counted or is_hung_up_on(guest)
+
+    wait_until(is_done, "the host has heard the guest")
+    return found
+
+
+def is_hung_up_on(guest: socket.socket) -> bool:
+    """Whether the connection has ended; the host's only line before may be unread."""
+    guest.setblocking(False)
+    try:
+        while guest.recv(4096):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+    return True
 
 
 def hear(folder: Path, *texts: bytes | dict) -> list[tuple[int, bool]]:
@@ -186,8 +228,7 @@ def hear(folder: Path, *texts: bytes | dict) -> list[tuple[int, bool]]:
                 guests[-1].sendall(
                     text if isinstance(text, bytes) else answer_line(token=token.value, **text)
                 )
-                host.collect(time.monotonic() + 0.2)
-            found = host.collect(time.monotonic() + 0.2)
+                found = heard(host, guests[-1])
         finally:
             for guest in guests:
                 guest.close()
@@ -220,12 +261,12 @@ def test_who_has_read_the_token_is_not_replaced_by_one_who_has_not(tmp_path):
             socket.create_connection(("localhost", port)) as third,
         ):
             one.sendall(answer_line())
-            assert [a.sees_folder for a in host.collect(time.monotonic() + 0.3)] == [False]
+            assert [a.sees_folder for a in heard(host, one)] == [False]
             other.sendall(answer_line(token=token.value))
-            assert [a.sees_folder for a in host.collect(time.monotonic() + 0.3)] == [True]
+            assert [a.sees_folder for a in heard(host, other)] == [True]
             third.sendall(answer_line())
-            assert [a.sees_folder for a in host.collect(time.monotonic() + 0.3)] == [True]
-        assert host.collect(time.monotonic() + 0.3) == []  # it has gone
+            assert [a.sees_folder for a in heard(host, third)] == [True]
+        wait_until(lambda: host.collect(time.monotonic() + 0.05) == [], "it has gone")
 
 
 def test_a_stranger_at_the_address_gets_no_file(tmp_path):
@@ -313,7 +354,7 @@ def test_facts_of_amd_gpus(tmp_path):
         ("echo 143771; echo 143771", [143771 << 20] * 2, ""),
         ("echo Unable to determine the device handle; exit 15", [], "nvidia-smi: Unable to determine"),
         ("echo 81559; echo '[GPU is lost]'", [], "nvidia-smi: 81559 [GPU is lost]"),
-        ("sleep 60", [], "has not answered in"),
+        ("sleep 3600", [], "has not answered in"),
     ],
 )
 def test_facts_of_nvidia_gpus(tmp_path, monkeypatch, script, gpu_bytes, error):
@@ -323,7 +364,7 @@ def test_facts_of_nvidia_gpus(tmp_path, monkeypatch, script, gpu_bytes, error):
     program.write_text(f"#!/bin/sh\nexec 2>&1\n{script}\n".replace("sleep", "exec sleep"))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(facts_module, "_TIMEOUT_S", 1)
+    monkeypatch.setattr(facts_module, "_TIMEOUT_S", 1 if script.startswith("sleep") else LIMIT_S)
     found = facts(tmp_path)
     assert found["gpus"] == 2 and found["gpu_bytes"] == gpu_bytes
     assert error in found["gpu_error"] and bool(error) == bool(found["gpu_error"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from runs import ROOT, overrides, train_on_ranks, write_corpus
+from waiting import LIMIT_S
 
 from megatsp import cli
 from megatsp.compose import compose, to_yaml
@@ -189,5 +190,5 @@ def test_it_needs_neither_torch_nor_wandb(tmp_path):
         f"import sys, megatsp.cli as c; c.main(['report', {str(folder)!r}])\n"
         "sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=LIMIT_S)
     assert (result.returncode, result.stderr) == (0, b"")

@@ -152,7 +152,7 @@ def test_loading_unpickles_no_file(saved, tmp_path):
         poison = pickle.dumps(Poison(trace))
         (tmp_path / "run/checkpoints/iter_0000002" / name).write_bytes(poison)
     config = config_of(folder, "run", f"output_dir={tmp_path}")
-    loaded = run_distributed(load_without_pickle, 1, config)[0]
+    loaded = run_distributed(load_without_pickle, 1, config, fresh=True)[0]
     assert all(torch.equal(tensor, states["tsp2"][name]) for name, tensor in loaded.items())
     assert not trace.exists()
 

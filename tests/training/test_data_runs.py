@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from dense import DenseGPT
 from distributed import run_distributed
 from runs import command, losses, overrides, start_training, train_on_ranks, write_corpus
+from waiting import LIMIT_S, wait_until_gone
 
 from megatsp.checkpoint.paths import LATEST
 from megatsp.compose import compose
@@ -146,10 +146,10 @@ def test_ctrl_c_ends_the_processes_that_read_ahead(folder, interruptible):
     job, started = running(folder, "interrupted")
     for pid in (job.pid, *started):  # as a terminal does: to all of them
         os.kill(pid, signal.SIGINT)
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 0 and "interrupted: stopped after iteration" in out, err
     assert "Traceback" not in err
-    assert still_alive(started) == []
+    wait_until_gone(*started)
     assert (folder / "interrupted" / "checkpoints" / LATEST).read_text().strip().isdigit()
     entries = (folder / "interrupted" / "metrics.jsonl").read_text().splitlines()
     assert "data/wait-ms" in json.loads(entries[0])
@@ -159,9 +159,9 @@ def test_readers_end_with_a_rank_that_is_killed(folder):
     job, started = running(folder, "killed")
     rank = next(pid for pid in started if stat(pid)[1] == str(job.pid))
     os.kill(rank, signal.SIGKILL)
-    _, err = job.communicate(timeout=120)
+    _, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode != 0 and "killed by SIGKILL" in err
-    assert still_alive(started) == []
+    wait_until_gone(*started)
 
 
 def test_a_signal_to_every_process_saves_as_one_to_the_launcher_does(folder):
@@ -169,19 +169,12 @@ def test_a_signal_to_every_process_saves_as_one_to_the_launcher_does(folder):
     for pid in started:  # as a scheduler may do; readers too
         os.kill(pid, signal.SIGTERM)
     os.kill(job.pid, signal.SIGTERM)
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 75, err
-    assert "Traceback" not in err and still_alive(started) == []
+    assert "Traceback" not in err
+    wait_until_gone(*started)
     saved = int((folder / "told" / "checkpoints" / LATEST).read_text())
     assert f"stopped after iteration {saved};" in out
-
-
-def still_alive(processes: list[int]) -> list[int]:
-    """Those that have not ended within a time in which any would."""
-    deadline = time.monotonic() + 30
-    while (left := [pid for pid in processes if is_alive(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
 
 
 def stat(pid: int | str) -> list[str]:
@@ -190,10 +183,6 @@ def stat(pid: int | str) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
-
-
-def is_alive(pid: int) -> bool:
-    return stat(pid)[:1] not in ([], ["Z"])
 
 
 def descendants(pid: int) -> list[int]:

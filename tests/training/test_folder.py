@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import files
+from waiting import LIMIT_S
 
 from megatsp.checkpoint.manifest import FIX, MANIFEST, Damaged, Manifest, write_manifest
 from megatsp.checkpoint.paths import LATEST, folder_of
@@ -233,14 +232,19 @@ def test_a_jobs_attempt_waits_for_what_the_one_before_left(tmp_path):
     folder = tmp_path / "run"
     with lock(folder), pytest.raises(Busy, match="trains in"), lock(folder, patience_s=0.6):
         pass
-    began = time.monotonic()
-    with lock(folder), pytest.raises(Busy), lock(folder, patience_s=60, is_asked=lambda: True):
-        pass
-    assert time.monotonic() < began + 30
-    held = lock(folder)
+    held, looks = lock(folder), []
+
+    def is_asked(release: int, end: int) -> bool:
+        looks.append(len(looks) + 1)
+        if looks[-1] == release:
+            held.__exit__(None, None, None)
+        return looks[-1] == end
+
     held.__enter__()
-    timer = threading.Timer(0.7, held.__exit__, (None, None, None))
-    timer.start()
-    with lock(folder, patience_s=60):
-        assert timer.finished.is_set()
-    timer.join()
+    with lock(folder, patience_s=LIMIT_S, is_asked=lambda: is_asked(release=3, end=9)):
+        assert looks == [1, 2, 3]  # it looked in vain, and then at once
+    looks.clear()
+    ended = lock(folder, patience_s=LIMIT_S, is_asked=lambda: is_asked(release=9, end=2))
+    with lock(folder), pytest.raises(Busy), ended:
+        pass
+    assert looks == [1, 2]

@@ -10,6 +10,7 @@ from dense import DenseGPT
 from distributed import run_distributed
 from parity import MODEL, OLMO2, case, load, relative_error, weights
 from runs import command, overrides, train_on_ranks, write_corpus
+from waiting import LIMIT_S
 
 from megatsp.axes import Axes
 from megatsp.data.tokenizer import ByteTokenizer
@@ -97,7 +98,7 @@ def test_the_command_continues_a_runs_text_on_any_number_of_ranks(tmp_path: Path
     train_on_ranks(1, overrides(tmp_path / "corpus", tmp_path, "trainer.train_iters=20"))
     asked = ["generate", str(tmp_path / "run"), "--prompt", "the ", "--tokens", "8", "--temperature", "0"]
     jobs = [command(*asked, "--nproc", nproc) for nproc in "12"]
-    printed = [job.communicate(timeout=120) for job in jobs]
+    printed = [job.communicate(timeout=LIMIT_S) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], printed
     assert printed[0] == printed[1] and printed[0][1] == ""
     assert printed[0][0].startswith("the ") and len(printed[0][0]) > len("the \n")

@@ -9,6 +9,7 @@ import tokenizers
 from runs import command, overrides, train_on_ranks, write_corpus
 from texts import CORPUS
 from tokenizers import models, pre_tokenizers, trainers
+from waiting import LIMIT_S
 
 from megatsp.checkpoint import store
 from megatsp.compose import compose
@@ -75,7 +76,7 @@ def test_generate_needs_nothing_but_the_checkpoint(tmp_path):
     job = command(
         "generate", str(tmp_path / "run"), "--prompt", "def ", "--tokens", "8", "--temperature", "0"
     )
-    printed, errors = job.communicate(timeout=120)
+    printed, errors = job.communicate(timeout=LIMIT_S)
     assert (job.returncode, errors) == (0, "") and printed.startswith("def ")
     # Another one in its place is found out, before any rank starts to work.
     train_bpe(CORPUS[1:], 300, tmp_path / "run/checkpoints/iter_0000002/tokenizer/tokenizer.json")

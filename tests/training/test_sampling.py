@@ -7,6 +7,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from runs import command, losses, overrides, start_training, train_on_ranks, write_corpus
+from waiting import LIMIT_S
 
 from megatsp.axes import Axes
 from megatsp.checkpoint.state import RunState
@@ -46,7 +47,7 @@ def test_a_sample_is_what_the_command_gives(tmp_path):
     asks = ["logging.sample_interval=10", "logging.sample_tokens=8", "logging.sample_prompts=['the ']"]
     train_on_ranks(1, overrides(tmp_path / "corpus", tmp_path, *asks))
     job = command("generate", str(tmp_path / "run"), "--prompt", "the ", "--tokens", "8")
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
     (sample,) = read_objects(tmp_path / "run" / "samples.jsonl")
     assert (job.returncode, out) == (0, f"the {sample['continuation']}\n"), err
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from runs import command
 from tuning import prepare_chats, save_checkpoint, settings, tuning
+from waiting import LIMIT_S
 
 from megatsp import cli
 from megatsp.schema import RotaryScaling
@@ -19,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def finished(*arguments: str) -> str:
     job = command(*arguments)
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 0 and err == "", out + err
     return out
 

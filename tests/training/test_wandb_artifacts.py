@@ -1,12 +1,13 @@
 """What `megatsp sft` exports becomes artifacts of the run in W&B."""
 
 import json
-import time
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import wandb
+from waiting import LIMIT_S
 from wandb_files import parsed
 
 from megatsp.schema import Config, FinetuneConfig, LoggingConfig
@@ -98,11 +99,13 @@ def test_an_upload_that_fails_or_takes_too_long_is_not_given(config, tmp_path, m
         def wait(self, timeout: int) -> None:
             if how == "fails":
                 raise ValueError("the server has no room")
-            time.sleep(5)
+            stop.wait()
 
     monkeypatch.setattr(wandb, "init", lambda **options: Run())
-    monkeypatch.setattr(wandb_run, "_ARTIFACTS_S", 0.5)
+    stop = threading.Event()
+    monkeypatch.setattr(wandb_run, "_ARTIFACTS_S", 0.5 if how == "stalls" else LIMIT_S)
     give_back(config, again=True)
+    stop.set()
     out = capsys.readouterr().out
     assert "artifacts:  W&B did not get run-hf" in out and why in out
     assert json.loads((tmp_path / "run" / RECORD).read_text())["wandb"] is False

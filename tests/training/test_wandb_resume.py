@@ -3,14 +3,15 @@
 import json
 import os
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from distributed import run_distributed
 from runs import StopIf, command, overrides, start_training, write_corpus
-from wandb_files import all_rows, parsed
+from waiting import LIMIT_S, wait_until
+from wandb_files import all_rows, date_back, parsed
 
 from megatsp.compose import compose
 from megatsp.schema import Config, LoggingConfig
@@ -19,6 +20,7 @@ from megatsp.training.wandb_file import last_step
 from megatsp.training.wandb_run import stored_id
 
 STEPS = 16
+BLOCK = 32768  # bytes
 KEY = "local-" + "0123456789abcdef" * 3  # of nobody
 NAMES = {
     "iteration", "consumed-tokens", "lm loss", "grad-norm", "learning-rate", "iteration-time-ms",
@@ -34,7 +36,7 @@ def start(config: Config, end: str, at: int) -> None:
         if training.state.iteration < at:
             return False
         if end == "kill":
-            time.sleep(1)  # so that a last checkpoint is whole
+            dist.barrier()  # so that the other rank has done what it does before it is killed
             os.kill(os.getpid(), signal.SIGKILL)
         return end == "stop"
 
@@ -42,14 +44,15 @@ def start(config: Config, end: str, at: int) -> None:
     training.gpt.engine.close()
 
 
-def starts(config: Config, ends: Sequence[tuple[str, int]]) -> None:
-    """Starts a run on two ranks again and again."""
-    for end, at in ends:
+def starts(config: Config, ends: Sequence[tuple[str, int]], first: int = 0) -> None:
+    """Starts a run on two ranks again and again. first: how many starts it has had."""
+    for number, (end, at) in enumerate(ends, start=1):
         if end == "kill":
             with pytest.raises(AssertionError, match="exit code -9"):
                 run_distributed(start, 2, config, end, at)
         else:
             run_distributed(start, 2, config, end, at)
+        date_back(Path(config.output_dir) / config.name, first + number)
 
 
 def holders(folder: Path) -> list[Path]:
@@ -108,7 +111,7 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_its_id(tmp_path):
     config = configured(tmp_path)
     starts(config, [("kill", 3)])
     begun = stored_id(tmp_path / "run")
-    starts(config, [("end", 0)])
+    starts(config, [("end", 0)], first=1)
     assert stored_id(tmp_path / "run") == begun != ""
     assert [step for step, _ in all_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
 
@@ -116,7 +119,7 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_its_id(tmp_path):
 def test_with_other_settings_it_is_another_run(tmp_path):
     starts(configured(tmp_path), [("kill", 3)])
     begun = stored_id(tmp_path / "run")
-    starts(configured(tmp_path, "optimizer.lr=0.02"), [("end", 0)])
+    starts(configured(tmp_path, "optimizer.lr=0.02"), [("end", 0)], first=1)
     assert stored_id(tmp_path / "run") != begun
 
 
@@ -127,20 +130,21 @@ def log_until_killed(folder: Path, rows: int) -> None:
     reporter = Reporter(Config(logging=LoggingConfig(wandb="offline")), folder, 0, "abc", active=True)
     for iteration in range(1, rows + 1):
         reporter.log(iteration, {"lm loss": 1.0, **{f"metric {n}": "x" * 100 for n in range(20)}})
-    time.sleep(1)
+    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    wait_until(lambda: file.stat().st_size >= 4 * BLOCK, "W&B's service has written some blocks")
     connection = wandb_setup.singleton()._connection
     assert connection is not None and connection._proc is not None
     connection._proc._process.kill()
+    connection._proc._process.wait()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_where_w_and_b_is_ahead_of_the_checkpoint_its_first_values_stay(tmp_path):
     with pytest.raises(AssertionError, match="exit code -9"):
         run_distributed(log_until_killed, 1, tmp_path, 100)
-    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    (file,) = date_back(tmp_path, 1).glob("*.wandb")
     ahead, size = last_step(file), file.stat().st_size
-    assert 20 < ahead < 100 and size >= 32768 and size % 32768 == 0  # W&B writes whole blocks
-    time.sleep(1)  # folders are named by the second
+    assert 20 < ahead < 100 and size >= 4 * BLOCK and size % BLOCK == 0  # W&B writes whole blocks
     reporter = Reporter(Config(logging=LoggingConfig(wandb="offline")), tmp_path, 20, "abc", active=True)
     for iteration in range(21, 121):
         reporter.log(iteration, {"lm loss": 2.0})
@@ -156,7 +160,7 @@ def test_a_key_is_in_no_output_and_in_no_file(tmp_path, monkeypatch, more):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     write_corpus(tmp_path / "corpus")
     job = command("train", *overrides(tmp_path / "corpus", tmp_path, *more, "logging.wandb=offline"))
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == (2 if more == ["trainer.lr=1"] else 0), err
     assert KEY not in out + err and holders(tmp_path) == []
     assert (tmp_path / "run" / "wandb").is_dir() == (more == ["trainer.train_iters=3"])

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import wandb
-from wandb_files import all_rows, parsed, rows
+from wandb_files import all_rows, date_back, parsed, rows
 
 from megatsp.schema import Config, LoggingConfig
 from megatsp.training.events import Event
@@ -192,14 +191,14 @@ def test_what_an_online_start_gave_is_not_given_offline_again(tmp_path, capsys):
     for iteration in (1, 2, 3):
         first.log(iteration, {"lm loss": 1.0})
     first.close()
-    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    folder = date_back(tmp_path, 1)
     online = folder.rename(folder.with_name(folder.name.removeprefix("offline-")))
     assert capsys.readouterr().out == ""
     for iteration in (4, 5):
-        time.sleep(1)  # folders are named by the second
         again = Reporter(CONFIG, tmp_path, iteration - 1, "abc", active=True)
         again.log(iteration, {"lm loss": 1.0})
         again.close()
+        date_back(tmp_path, iteration)
     assert [step for step, _ in all_rows(tmp_path)] == [4, 5]
     out = capsys.readouterr().out
     assert out.count("steps up to 3 were given to its server before") == 1

@@ -5,11 +5,11 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from waiting import LIMIT_S, wait_until
 from wandb_files import rows
 
 from megatsp.training.wandb_service import patiently
@@ -23,7 +23,6 @@ from pathlib import Path
 from megatsp.schema import Config, LoggingConfig
 from megatsp.training import logs, wandb_service
 
-logs._PATIENCE_S = wandb_service._END_S = 1.0
 folder, mode, sent, rows = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 config = replace(Config(), logging=LoggingConfig(wandb=mode))
 reporter = logs.Reporter(config, folder, 0, "abc", active=True)
@@ -31,6 +30,8 @@ reporter.log(1, {"lm loss": 1.0})
 if sent:
     from wandb.sdk import wandb_setup
     wandb_setup.singleton()._connection._proc._process.send_signal(getattr(signal, sent))
+if sent == "SIGSTOP":  # which answers nothing any more, however long one waits
+    logs._PATIENCE_S = wandb_service._END_S = 1.0
 for iteration in range(2, rows):
     reporter.log(iteration, {f"metric {n}": 1.0 for n in range(20)})
 reporter.close()
@@ -42,7 +43,7 @@ def ended(*arguments: str, **variables: str) -> str:
     environment = {**os.environ, "WANDB_ERROR_REPORTING": "false", "WANDB_FINISH_TIMEOUT": "2", **variables}
     job = subprocess.run(
         [sys.executable, "-c", START, *arguments],
-        env=environment, capture_output=True, text=True, timeout=200, check=False,
+        env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False,
     )  # fmt: skip
     assert job.returncode == 0, job.stdout + job.stderr
     assert "Traceback" not in job.stderr
@@ -125,18 +126,25 @@ def test_a_server_that_does_not_begin_the_run_makes_it_an_offline_one(tmp_path, 
 
 
 def test_patience_is_with_what_makes_no_progress():
-    made = []
+    made: list[int] = []
+    looks: list[None] = []
 
     def work() -> None:
         for step in range(5):
-            time.sleep(0.5)
+            wait_until(lambda n=step: len(looks) > 2 * n, "somebody looks whether there is progress")
             made.append(step)
 
-    patiently(work, 2.0, lambda: len(made))
+    def progress() -> int:
+        looks.append(None)
+        return len(looks)
+
+    patiently(work, 0.001, progress)
     assert made == [0, 1, 2, 3, 4]
+    stop = threading.Event()
     with pytest.raises(TimeoutError, match="no answer"):
-        patiently(lambda: time.sleep(2), 0.2)
+        patiently(stop.wait, 0.2)
+    stop.set()
     with pytest.raises(KeyError, match="this"):
-        patiently(lambda: {}["this"], 5)
+        patiently(lambda: {}["this"], LIMIT_S)
     with pytest.raises(RuntimeError, match="ended with status 3"):
-        patiently(lambda: sys.exit(3), 5)
+        patiently(lambda: sys.exit(3), LIMIT_S)

@@ -1,10 +1,12 @@
 """W&B's offline files, read back for tests."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from waiting import wait_until
 from wandb.proto import wandb_internal_pb2
 
 from megatsp.training.wandb_file import records
@@ -31,3 +33,27 @@ def rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
 def all_rows(run: Path) -> list[tuple[int, dict[str, Any]]]:
     """Those of all starts of a run's folder, in order."""
     return [row for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")) for row in rows(file)]
+
+
+def date_back(run: Path, number: int) -> Path:
+    """Gives the folder of the newest start the date of an earlier day: W&B names folders by the second.
+
+    number: of the start, from 1. Returns the folder, in which nothing writes any more.
+    """
+    folder = max((run / "wandb").glob("*run-2*"))
+    wait_until(lambda: not is_open_below(folder), f"W&B has closed {folder}")
+    words = folder.name.split("-")  # offline-run-20260131_235959-ID, or without the first
+    date = words.index("run") + 1
+    words[date] = f"200001{number:02d}_000000"
+    return folder.rename(folder.with_name("-".join(words)))
+
+
+def is_open_below(folder: Path) -> bool:
+    """Whether a process has a file in the folder open."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(os.readlink(file).startswith(f"{folder}/") for file in (process / "fd").iterdir()):
+                return True
+        except OSError:
+            continue
+    return False

@@ -5,13 +5,13 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from preprocess_jobs import TEXTS, InlinePool, documents, json_lines, preprocess, write_inputs, write_parquet
+from waiting import LIMIT_S, wait_until
 
 with warnings.catch_warnings():  # it misses packages that it does not need for this
     warnings.simplefilter("ignore")
@@ -381,10 +381,12 @@ def start(slow: Path, prefix: Path, *more: str, **settings: Any) -> subprocess.P
     process = subprocess.Popen(
         command(slow, prefix, "--partitions", "12", *more), stderr=subprocess.PIPE, text=True, **settings
     )
-    end = time.monotonic() + 60
-    while not marks(prefix) or not workers_of(prefix, but=process.pid):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
+
+    def is_at_work() -> bool:
+        assert process.poll() is None, "it was over before"
+        return bool(marks(prefix) and workers_of(prefix, but=process.pid))
+
+    wait_until(is_at_work, "a partition is finished and another one is not")
     return process
 
 
@@ -406,10 +408,7 @@ def workers_of(prefix: Path, but: int = 0) -> list[int]:
 
 
 def wait_until_none_is_left(prefix: Path) -> None:
-    end = time.monotonic() + 30
-    while left := workers_of(prefix):
-        assert time.monotonic() < end, left
-        time.sleep(0.05)
+    wait_until(lambda: not workers_of(prefix), lambda: f"{workers_of(prefix)} have ended")
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +442,7 @@ def test_ctrl_c(slow: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     prefix = tmp_path / "out"
     process = start(slow, prefix)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert re.search(
         r"interrupted; \d+ of 12 partitions are finished and kept in .*; the same command goes on", err
@@ -459,7 +458,7 @@ def test_sigterm_to_all_processes(slow: Path, expected: dict[str, bytes], tmp_pa
     process = start(slow, prefix, "--workers", "2")
     for pid in [*workers_of(prefix, but=process.pid), process.pid, process.pid]:  # as Slurm does
         os.kill(pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 143
     assert re.search(r"stopped by SIGTERM; \d+ of 12 partitions are finished .*the same command goes on", err)
     assert "Traceback" not in err and not workers_of(prefix)
@@ -474,7 +473,7 @@ def test_a_worker_that_is_killed(slow: Path, tmp_path: Path) -> None:
     while not (workers := workers_of(prefix, but=process.pid)):  # it may be between two partitions
         assert process.poll() is None
     os.kill(workers[0], signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1
     assert re.search(
         r"the worker of partition \d+ of 12 \(.*in\.jsonl\) was killed \(by hand, or by the out-of-memory",
