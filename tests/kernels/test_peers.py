@@ -84,7 +84,7 @@ def rank_shared() -> tuple[bool, list[bytes], list[str]]:
 
 
 def test_ranks_read_each_others_memory_and_leave_nothing():
-    for zero, seen, left in run_distributed(rank_shared, 3):
+    for zero, seen, left in run_distributed(rank_shared, 3, fresh=True):
         assert zero and not left
         assert seen == [bytes([10 + peer]) for peer in range(3) for _ in range(2)]
 
@@ -101,7 +101,7 @@ def rank_killed_with_memory() -> None:
 def test_a_killed_rank_leaves_nothing():
     before = named_memory()
     with pytest.raises(AssertionError, match="rank 1 of 2 failed:\nit died"):
-        run_distributed(rank_killed_with_memory, 2)
+        run_distributed(rank_killed_with_memory, 2, fresh=True)
     assert named_memory() <= before
 
 
@@ -120,7 +120,7 @@ def rank_refused(monkeypatched: str) -> str:
 
 
 def test_where_one_rank_cannot_open_it_all_say_why():
-    for message in run_distributed(rank_refused, 2, "no such door"):
+    for message in run_distributed(rank_refused, 2, "no such door", fresh=True):
         assert message == "shared memory cannot be made: rank 1: OSError: no such door"
 
 
@@ -150,12 +150,12 @@ def rank_host(hosts: list[tuple[str, str, str]]) -> bool:
     ],
 )
 def test_hosts_are_compared(other, one):
-    assert run_distributed(rank_host, 2, [("a", "boot 1", "pid:[1]"), other]) == [one, one]
+    assert run_distributed(rank_host, 2, [("a", "boot 1", "pid:[1]"), other], fresh=True) == [one, one]
 
 
 @pytest.mark.parametrize(("name", "one"), [("a", True), ("b", False)])
 def test_hosts_that_cannot_be_read_are_compared_by_name(name, one):
-    assert run_distributed(rank_host, 2, [("a", "", ""), (name, "", "")]) == [one, one]
+    assert run_distributed(rank_host, 2, [("a", "", ""), (name, "", "")], fresh=True) == [one, one]
 
 
 DEVICE = torch.device("cuda:3")  # only ever passed on: the stand-ins below are on the CPU
@@ -243,12 +243,12 @@ def rank_provider(make: Provider) -> list[tuple]:
 
 
 def test_symmetric_memory_is_asked_for_on_the_device():
-    for calls in run_distributed(rank_provider, 2, symmetric):
+    for calls in run_distributed(rank_provider, 2, symmetric, fresh=True):
         assert calls == [("allocate", DEVICE), ("synchronize", DEVICE)]
 
 
 def test_memory_between_processes_is_opened_on_the_device_by_the_peers_handle():
-    first, second = run_distributed(rank_provider, 2, ipc)
+    first, second = run_distributed(rank_provider, 2, ipc, fresh=True)
     for own, other in [(first, second), (second, first)]:
         assert [name for name, _ in own] == ["allocate", "synchronize", "share", "open"]
         assert own[0][1] == own[1][1] == DEVICE
