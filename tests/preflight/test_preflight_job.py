@@ -22,10 +22,10 @@ FAULTY = """
 import sys, time, torch
 from dataclasses import replace
 from megatsp import cli
-from megatsp.preflight import command, examine, measure, presence
+from megatsp.preflight import examine, measure, presence, rank as work
 rank = int(sys.argv[1])
 measured, run = examine.measure_transfer, measure._run
-command._LIMIT_S = 8.0
+work._LIMIT_S = 8.0
 {fault}
 sys.exit(cli.main(sys.argv[2:]))
 """
@@ -59,7 +59,7 @@ MEASURES_NOTHING = """
 def found(config, places, needed, bench, judging, unfit):
     assert bench.device.type == "cuda"
     return examine.Found(["n0", "n1"], needed, verdict=examine.Verdict(unfit))
-command.examine = found
+work.examine = found
 """
 ONE_GPU_A_TASK = """
 torch.cuda.is_available = lambda: True
@@ -68,7 +68,7 @@ import os
 os.environ["SLURM_LOCALID"] = "3"
 """
 A_DRIVER_THAT_HANGS = """
-command._LIMIT_S = 3.0
+work._LIMIT_S = 3.0
 torch.cuda.is_available = lambda: time.sleep(600 * (rank == 1))
 """
 ANOTHER_TORCH_ON_NODE_1 = """
