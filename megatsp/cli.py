@@ -273,10 +273,12 @@ def _launch_command(arguments: list[str]) -> int:
 
 
 def _preflight(arguments: list[str]) -> int:
-    from megatsp.preflight.command import composed, parse, run
+    from megatsp.preflight.command import composed, parse
 
     given = parse(arguments)
     if "RANK" in os.environ:
+        from megatsp.preflight.rank import run
+
         return run(given)
     from megatsp.cluster import start
     from megatsp.validate import validate

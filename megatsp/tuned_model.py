@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from megatsp.hf.hub import check_name
 from megatsp.schema import Config, ModelConfig, RotaryScaling
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def open_source(name: str) -> "HFCheckpoint":
             "finetune.hf is missing: the folder of a Hugging Face checkpoint, or its name on the hub, as in "
             "`megatsp sft finetune.hf=Qwen/Qwen3-8B data.path=PREFIX`; first weights are for `megatsp train`"
         )
-    from megatsp.hf.checkpoint import open_checkpoint
+    check_name(name)
+    from megatsp.hf.checkpoint import open_checkpoint  # and torch, which takes seconds
 
     return open_checkpoint(name, hashes=False)  # a new run reads all files once, on one rank
 

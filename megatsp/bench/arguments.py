@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatsp.bench.schemes import DEFAULT_SCHEMES
+from megatsp.compose import compose
 from megatsp.parser import Parser
 
 USAGE = "megatsp bench [options] [group=choice | group.key=value ...]"
@@ -44,6 +45,8 @@ def run(arguments: list[str]) -> int:
     if given.schemes and not schemes:
         raise ValueError("--schemes: name at least one scheme")
     _check(given, overrides)
+    if not given.from_file:  # a mistake in them is told before torch is imported, which takes seconds
+        compose(overrides, given.config_dir)
 
     from megatsp.bench import command
     from megatsp.bench.runner import Settings

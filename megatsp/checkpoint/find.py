@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatsp.checkpoint.manifest import FIX, Damaged, check_folder
 from megatsp.checkpoint.paths import LATEST, folder_of, iterations, read_pointer
-from megatsp.checkpoint.store import read_state
+from megatsp.checkpoint.state import read_state
 
 
 def find_good(checkpoints: Path, strict: bool, say: Callable[[str], object]) -> list[Path]:

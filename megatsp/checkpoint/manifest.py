@@ -21,7 +21,9 @@ MANIFEST = "manifest.json"
 FORMAT = "megatsp-checkpoint"
 VERSION = 1
 SUFFIX = ".safetensors"  # of the files that hold tensors
+OPTIMIZER = "optimizer."  # before the names of an optimizer's tensors
 _SEAL = "xxh3_128"  # the key of the manifest's own checksum, of everything else in it
+_WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}  # bytes of a number
 _READ_BYTES = 1 << 23  # at a time
 _THREADS = 4
 FIX = f"restore it, or write the iteration of another checkpoint into {LATEST} beside it"
@@ -45,6 +47,10 @@ class TensorEntry:
 
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * _WIDTHS[self.dtype]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatsp.checkpoint.manifest import check_files
 from megatsp.checkpoint.paths import ABANDONED, BEST, LATEST, folder_of, iterations, read_pointer, sync
-from megatsp.checkpoint.store import read_state
+from megatsp.checkpoint.state import read_state
 
 _REMOVED = ".removed"  # the end of the name of a checkpoint that is half removed
 

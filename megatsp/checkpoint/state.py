@@ -1,8 +1,12 @@
-"""Where a run stands, beside its tensors: what a checkpoint's state.json says."""
+"""Where a run stands, beside its tensors: what a checkpoint's state.json says. Needs no torch."""
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from megatsp.checkpoint.manifest import FIX, Damaged
+from megatsp.checkpoint.paths import parse_iteration
 
 _END = 2**62  # of counts: with room to add in 64 bits
 
@@ -68,6 +72,25 @@ def state_from_json(text: str) -> RunState:
             raise ValueError(f"unknown key {name:.40}")
         values[name] = _checked(name, value, known[name])
     return RunState(**values)
+
+
+def read_state(folder: Path) -> RunState:
+    """The checkpoint's state; its files may not be whole: see `check_files`.
+
+    Raises:
+        Damaged: state.json cannot be read, or is of another iteration than the folder's name.
+    """
+    try:
+        state = state_from_json((folder / "state.json").read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"{folder} is damaged: cannot read state.json: {error}; {FIX}") from error
+    named = parse_iteration(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else None
+    if named is not None and named != state.iteration:
+        raise Damaged(
+            f"{folder} is damaged: its state.json is of iteration {state.iteration}, its name of {named}; "
+            f"{FIX}"
+        )
+    return state
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from megatsp.checkpoint.agree import from_checkpoint_exception, group_rank, on_each, on_first
 from megatsp.checkpoint.manifest import (
-    FIX,
-    Damaged,
+    OPTIMIZER,
     FileEntry,
     Manifest,
     TensorEntry,
@@ -42,13 +41,11 @@ from megatsp.checkpoint.manifest import (
     sum_problems,
     write_manifest,
 )
-from megatsp.checkpoint.paths import TOKENIZER, folder_of, install, parse_iteration, recover, sync
-from megatsp.checkpoint.state import RunState, state_from_json, state_to_json
+from megatsp.checkpoint.paths import TOKENIZER, folder_of, install, recover, sync
+from megatsp.checkpoint.state import RunState, read_state, state_to_json
 from megatsp.checkpoint.storage import ShardReader, ShardWriter, find_parts, os_reason
 from megatsp.data.tokenizer import Tokenizer, load_tokenizer
 from megatsp.hf.safetensors_file import NAMES
-
-OPTIMIZER = "optimizer."  # before the names of an optimizer's tensors
 
 
 @dataclass(frozen=True)
@@ -213,25 +210,6 @@ def check_tensors(
         raise ValueError(
             f"{folder} does not fit this model; {len(wrong)} tensors differ: " + "; ".join(wrong[:8])
         )
-
-
-def read_state(folder: Path) -> RunState:
-    """The checkpoint's state; its files may not be whole: see `check_files`.
-
-    Raises:
-        Damaged: state.json cannot be read, or is of another iteration than the folder's name.
-    """
-    try:
-        state = state_from_json((folder / "state.json").read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{folder} is damaged: cannot read state.json: {error}; {FIX}") from error
-    named = parse_iteration(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else None
-    if named is not None and named != state.iteration:
-        raise Damaged(
-            f"{folder} is damaged: its state.json is of iteration {state.iteration}, its name of {named}; "
-            f"{FIX}"
-        )
-    return state
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -1,4 +1,7 @@
-"""The command `megatsp ckpt`: its arguments, and what it prints."""
+"""The command `megatsp ckpt`: its arguments, and what it prints.
+
+What reads tensors imports torch, which takes seconds: a command does so once its arguments were found good.
+"""
 
 import json
 from argparse import RawDescriptionHelpFormatter
@@ -7,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatsp.checkpoint.paths import folder_of, iterations
-from megatsp.ckpt.diff import diff, diff_lines
-from megatsp.ckpt.layout import read_config
-from megatsp.ckpt.listing import inspect, inspect_lines, list_lines, list_run, shown_bytes
-from megatsp.ckpt.plan import plan, plan_lines
+from megatsp.ckpt.listing import inspect, inspect_lines, list_lines, list_run, read_config, shown_bytes
 from megatsp.ckpt.prune import prune
-from megatsp.ckpt.reshard import reshard
 from megatsp.ckpt.select import checkpoints_of, find
-from megatsp.ckpt.verify import verify
 from megatsp.parser import Parser
 
 DESCRIPTION = """\
@@ -156,6 +154,8 @@ def _verify(given: Any) -> int:
             raise ValueError(f"no checkpoints in {checkpoints}")
     else:
         folders = [find(given.run, given.checkpoint)]
+    from megatsp.ckpt.verify import verify
+
     problems = [line for folder in folders for line in verify(folder, given.finite)]
     for line in problems:
         print(f"damaged: {line}", flush=True)
@@ -167,13 +167,18 @@ def _diff(given: Any) -> int:
     one, other = find(given.run, given.checkpoint), find(given.other, which)
     if one.samefile(other):
         raise ValueError(f"A and B are both {one}: name another checkpoint, or B's with --other-checkpoint")
+    from megatsp.ckpt.diff import diff, diff_lines
+
     found, is_equal = diff(one, other, not given.ignore_settings)
     _print(found, diff_lines(found), given.json)
     return 0 if is_equal else 1
 
 
 def _plan(given: Any) -> int:
-    found = plan(find(given.run, given.checkpoint), given.overrides)
+    checkpoint = find(given.run, given.checkpoint)
+    from megatsp.ckpt.plan import plan, plan_lines
+
+    found = plan(checkpoint, given.overrides)
     _print(found, plan_lines(found), given.json)
     return 1 if found["differs"] else 0
 
@@ -194,7 +199,10 @@ def _prune(given: Any) -> int:
 
 
 def _reshard(given: Any) -> int:
-    written = reshard(find(given.run, given.checkpoint), given.output, given.overrides)
+    checkpoint = find(given.run, given.checkpoint)
+    from megatsp.ckpt.reshard import reshard
+
+    written = reshard(checkpoint, given.output, given.overrides)
     command = "sft" if read_config(written).finetune.hf else "train"
     run = given.output.absolute()
     print(f"wrote {written}: to go on from it: megatsp {command} output_dir={run.parent} name={run.name} ...")

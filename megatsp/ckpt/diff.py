@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatsp.checkpoint.store import read_state
-from megatsp.ckpt.layout import read_config
+from megatsp.checkpoint.state import read_state
+from megatsp.ckpt.listing import read_config
 from megatsp.ckpt.tensors import StoredTensors
 
 _AT_ONCE = 1 << 22  # numbers, so that no copy of a large tensor is made

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -12,26 +11,13 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 
 from megatsp.axes import Axes, axis_sizes
 from megatsp.bench.memory import fake_group
-from megatsp.checkpoint.manifest import Manifest
-from megatsp.checkpoint.store import OPTIMIZER
+from megatsp.checkpoint.manifest import OPTIMIZER, Manifest
 from megatsp.ckpt.tensors import Box
-from megatsp.compose import from_yaml, override
+from megatsp.compose import override
 from megatsp.model.parallelize import lay_out
 from megatsp.schema import AXES, Config, ParallelConfig
 from megatsp.training.optimizer import MOMENTS
 from megatsp.validate import validate
-
-
-def read_config(folder: Path) -> Config:
-    """What a checkpoint's run was started with.
-
-    Raises:
-        ValueError: config.yaml is missing or is none.
-    """
-    try:
-        return from_yaml((folder / "config.yaml").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}/config.yaml cannot be read: {error}; restore it") from None
 
 
 def onto_mesh(stored: Config, overrides: Iterable[str]) -> Config:

@@ -1,4 +1,4 @@
-"""`megatsp ckpt ls` and `inspect`: what is there, and what is in it."""
+"""`megatsp ckpt ls` and `inspect`: what is there, and what is in it, found without torch."""
 
 import time
 from collections.abc import Iterator
@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatsp.checkpoint.find import check_folder
-from megatsp.checkpoint.manifest import MANIFEST, read_manifest
+from megatsp.checkpoint.manifest import MANIFEST, OPTIMIZER, read_manifest
 from megatsp.checkpoint.paths import BEST, LATEST, folder_of, iterations, read_pointer
-from megatsp.checkpoint.store import OPTIMIZER, read_state
-from megatsp.ckpt.layout import read_config
-from megatsp.compose import to_yaml
-from megatsp.hf.output import tensor_bytes
-from megatsp.schema import AXES
+from megatsp.checkpoint.state import read_state
+from megatsp.schema import AXES, Config
 
 
 def list_run(checkpoints: Path) -> dict[str, Any]:
@@ -72,12 +69,14 @@ def inspect(folder: Path, pattern: str) -> dict[str, Any]:
         Damaged: a small file is, or one of the tensors' files is missing or of another size.
         ValueError: of a later version; no tensor is called so.
     """
+    from megatsp.compose import to_yaml
+
     check_folder(folder)
     manifest, config = read_manifest(folder), read_config(folder)
     kinds: dict[str, int] = {}
     tensors = {}
     for name, entry in manifest.tensors.items():
-        kind, size = kind_of(name), tensor_bytes(entry.shape, entry.dtype)
+        kind, size = kind_of(name), entry.bytes
         kinds[kind] = kinds.get(kind, 0) + size
         if fnmatchcase(name, pattern):
             tensors[name] = {"kind": kind, "dtype": entry.dtype, "shape": list(entry.shape), "bytes": size}
@@ -97,6 +96,20 @@ def inspect(folder: Path, pattern: str) -> dict[str, Any]:
         "tensors": tensors,
         "settings": to_yaml(config),
     }
+
+
+def read_config(folder: Path) -> Config:
+    """What a checkpoint's run was started with.
+
+    Raises:
+        ValueError: config.yaml is missing or is none.
+    """
+    from megatsp.compose import from_yaml
+
+    try:
+        return from_yaml((folder / "config.yaml").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}/config.yaml cannot be read: {error}; restore it") from None
 
 
 def inspect_lines(found: dict[str, Any]) -> Iterator[str]:

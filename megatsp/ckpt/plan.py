@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatsp.checkpoint.find import check_folder
-from megatsp.checkpoint.store import read_state
+from megatsp.checkpoint.state import read_state
 from megatsp.ckpt.diff import changed
-from megatsp.ckpt.layout import differences, held_by_ranks, onto_mesh, read_config
-from megatsp.ckpt.listing import shown_bytes
+from megatsp.ckpt.layout import differences, held_by_ranks, onto_mesh
+from megatsp.ckpt.listing import read_config, shown_bytes
 from megatsp.ckpt.tensors import StoredTensors
 from megatsp.hf.safetensors_file import DTYPES
 from megatsp.schema import AXES

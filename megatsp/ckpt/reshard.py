@@ -22,10 +22,11 @@ from megatsp.checkpoint.manifest import (
     write_manifest,
 )
 from megatsp.checkpoint.paths import LATEST, folder_of
-from megatsp.checkpoint.state import state_to_json
+from megatsp.checkpoint.state import read_state, state_to_json
 from megatsp.checkpoint.storage import ShardWriter
-from megatsp.checkpoint.store import read_state, write_files
-from megatsp.ckpt.layout import differences, held_by_ranks, onto_mesh, read_config
+from megatsp.checkpoint.store import write_files
+from megatsp.ckpt.layout import differences, held_by_ranks, onto_mesh
+from megatsp.ckpt.listing import read_config
 from megatsp.ckpt.tensors import Box, StoredTensors
 from megatsp.compose import to_yaml
 from megatsp.hf.output import check_output, whole_folder

@@ -7,8 +7,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatsp.checkpoint.manifest import read_manifest, size_problems, sum_problems
-from megatsp.checkpoint.store import read_state
-from megatsp.ckpt.layout import read_config
+from megatsp.checkpoint.state import read_state
+from megatsp.ckpt.listing import read_config
 from megatsp.ckpt.tensors import StoredTensors
 
 _AT_ONCE = 8  # files whose checksums are computed between two moves of the bar

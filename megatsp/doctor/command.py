@@ -7,12 +7,6 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from megatsp.axes import join
-from megatsp.doctor.checks import examine
-from megatsp.doctor.clock import check_skew, offset_to_first
 from megatsp.doctor.finding import PROBLEM, Finding
 from megatsp.doctor.report import as_json, count, table
 from megatsp.parser import Parser
@@ -42,6 +36,12 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print an object for programs")
     given = parser.parse_args(arguments)
     output_dir = given.output_dir.expanduser()
+    import torch
+    import torch.distributed as dist
+
+    from megatsp.axes import join
+    from megatsp.doctor.checks import examine
+
     if "RANK" in os.environ:
         join(torch.device("cpu"), _TIMEOUT_S)
         hosts = examine_hosts(output_dir)
@@ -56,6 +56,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def examine_hosts(output_dir: Path) -> dict[str, list[Finding]]:
     """On all ranks: what each host's first rank finds there, and its clock against rank 0's."""
+    import torch.distributed as dist
+
+    from megatsp.doctor.checks import examine
+    from megatsp.doctor.clock import check_skew, offset_to_first
+
     offset, error = offset_to_first()
     own: list[Finding] = []
     if os.environ.get("LOCAL_RANK", "0") == "0":

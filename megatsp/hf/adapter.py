@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatsp.checkpoint.manifest import check_files
-from megatsp.checkpoint.store import read_state
+from megatsp.checkpoint.state import read_state
 from megatsp.compose import from_yaml
 from megatsp.hf.adapter_config import check_options, check_targets, config_of, matrices, scales
 from megatsp.hf.checkpoint import check_fingerprint, expected_shapes, open_checkpoint, read_json, shown

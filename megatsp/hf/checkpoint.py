@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +12,14 @@ import torch
 from megatsp.data.tokenizer import load_tokenizer
 from megatsp.hf.families import is_superfluous, to_model
 from megatsp.hf.first_rank import on_first_rank
-from megatsp.hf.hashes import MANIFEST, check_hashes, expected_hashes
+from megatsp.hf.hashes import check_hashes, expected_hashes
+from megatsp.hf.hub import INDEX, folder_of
 from megatsp.hf.safetensors_file import DTYPES, SHORT, Entry, TensorFile, read_header
 from megatsp.model.gpt import GPT
 from megatsp.schema import ModelConfig
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# All that is ever fetched from the hub: no code, no pickle, no weights of another kind.
-FETCHED = ("model*.safetensors", INDEX, "*.json", "tokenizer.model", "*.tiktoken", "*.jinja", MANIFEST)
-NOT_FETCHED = ("*/*", "consolidated*")
+SINGLE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN = 8  # of a list of tensors
 _PAGE, _PAGES = 4096, 64  # of each file: what the fingerprint reads
 
@@ -60,9 +56,7 @@ def open_checkpoint(name: str, hashes: bool = True) -> HFCheckpoint:
             or tensor that is missing, damaged, superfluous or of another shape; a tokenizer that the
             embedding is too small for.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        folder = _fetched(name, folder)
+    folder = folder_of(name)
     config = _read_config(folder, name)
     try:
         model = to_model(config)
@@ -97,36 +91,6 @@ def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's parameters by name, in the order of the network."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in GPT(model).named_parameters()}
-
-
-def _fetched(name: str, folder: Path) -> Path:
-    """The folder of a hub's repository in the local cache, filled if need be.
-
-    Raises:
-        ValueError: it is no such name, or the hub does not give it.
-    """
-    if folder.exists():
-        raise ValueError(f"{name} is a file: give the folder that holds config.json and the weights")
-    if not _HUB_NAME.fullmatch(name):
-        raise ValueError(
-            f"no checkpoint at {name}: give a folder with config.json and model.safetensors, or a name of "
-            "the Hugging Face hub such as OWNER/NAME"
-        )
-    from huggingface_hub import snapshot_download
-
-    def fetch() -> Path:
-        try:
-            return Path(snapshot_download(name, allow_patterns=[*FETCHED], ignore_patterns=[*NOT_FETCHED]))
-        except Exception as error:  # of many kinds: no network, no such repository, not allowed
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"no checkpoint at {name}: no such folder, and the Hugging Face hub did not give it "
-                f"({type(error).__name__}: {reason}). Without a network, download it elsewhere (hf download "
-                f"{name}) and give its folder"
-            ) from None
-
-    on_first_rank(fetch)  # the others then find it in the cache, or fetch it to that of their own host
-    return fetch()
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:

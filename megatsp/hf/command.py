@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatsp.compose import from_yaml
-from megatsp.hf.output import check_output, whole_folder
+from megatsp.hf.hub import check_name
 from megatsp.parser import Parser
 from megatsp.schema import Config
 
@@ -87,6 +84,7 @@ def _add_common(parser: Any) -> None:
 
 
 def _import(given: Any) -> None:
+    check_name(given.hf)
     from megatsp.hf.imported import import_run
 
     report = import_run(given.hf, given.run, given.tokenizer, not given.no_verify, given.force)
@@ -94,9 +92,9 @@ def _import(given: Any) -> None:
 
 
 def _export(given: Any) -> None:
-    from megatsp.hf.export import export
-
     folder, max_bytes = checkpoint_of(given.run), parse_bytes(given.max_shard_size)
+    from megatsp.compose import from_yaml
+
     config = from_yaml((folder / "config.yaml").read_text())
     if config.finetune.lora_rank:
         _export_adapters(given, folder, config, max_bytes)
@@ -105,11 +103,17 @@ def _export(given: Any) -> None:
         raise ValueError(f"--base: {folder} has no adapters, its weights are whole; leave the option out")
     if given.merge:
         raise ValueError(f"--merge: {folder} has no adapters, its weights are whole; leave the option out")
+    from megatsp.hf.export import export
+
     report = export(folder, given.output, given.dtype, max_bytes, not given.no_verify, given.force)
     print(_result(report, given.output), flush=True)
 
 
 def _verify(given: Any) -> None:
+    check_name(given.hf)
+    import torch
+
+    from megatsp.compose import from_yaml
     from megatsp.hf.checkpoint import open_checkpoint
     from megatsp.hf.families import canonical, differences
     from megatsp.hf.source import CheckpointSource, HFSource, TensorSource
@@ -170,12 +174,13 @@ def parse_bytes(text: str) -> int:
 
 
 def _export_adapters(given: Any, folder: Path, config: Config, max_bytes: int) -> None:
-    from megatsp.hf.adapter import write_adapter
-
     base = given.base or config.finetune.hf
     if not given.merge:
         if given.dtype != "auto":
             raise ValueError(f"--dtype {given.dtype}: adapters are written in fp32; use it with --merge")
+        from megatsp.hf.adapter import write_adapter
+        from megatsp.hf.output import check_output, whole_folder
+
         check_output(given.output, given.force, folder)
         with whole_folder(given.output, given.force, 0) as temporary:
             write_adapter(folder, temporary, base)

@@ -15,9 +15,10 @@ from megatsp.checkpoint.paths import TOKENIZER
 from megatsp.compose import from_yaml
 from megatsp.data.tokenizer import load_tokenizer
 from megatsp.data.tokenizer.base import MANIFEST as OUR_TOKENIZER
-from megatsp.hf.checkpoint import INDEX, SINGLE, open_checkpoint, read_json
+from megatsp.hf.checkpoint import SINGLE, open_checkpoint, read_json
 from megatsp.hf.families import config_of
 from megatsp.hf.hashes import MANIFEST, hashes
+from megatsp.hf.hub import INDEX
 from megatsp.hf.kept import Kept, read_kept
 from megatsp.hf.output import MAX_SHARD_BYTES, cast, check_output, tensor_bytes, whole_folder, write_weights
 from megatsp.hf.safetensors_file import DTYPES, SHORT

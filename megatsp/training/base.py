@@ -5,8 +5,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatsp.axes import Axes
-from megatsp.checkpoint import store
 from megatsp.checkpoint.paths import replace_text
+from megatsp.checkpoint.state import read_state
 from megatsp.data.tokenizer import Tokenizer, load_tokenizer
 from megatsp.hf.checkpoint import HFCheckpoint, check_fingerprint, open_checkpoint
 from megatsp.hf.kept import kept_files
@@ -34,9 +34,7 @@ class Base:
         self.files = kept_files(self.source) if dist.get_rank() == 0 else {}
         self.report: Report | None = None
         if resumed_from is not None:
-            check_fingerprint(
-                self.source, config.finetune.hf, store.read_state(resumed_from).base_fingerprint
-            )
+            check_fingerprint(self.source, config.finetune.hf, read_state(resumed_from).base_fingerprint)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} ids, and "
@@ -97,5 +95,5 @@ def load_base(config: Config, found: Path, gpt: GPT) -> None:
         ValueError: finetune.hf cannot be read, or is not what the run tunes.
     """
     source = open_checkpoint(config.finetune.hf, hashes=False)
-    check_fingerprint(source, config.finetune.hf, store.read_state(found).base_fingerprint)
+    check_fingerprint(source, config.finetune.hf, read_state(found).base_fingerprint)
     load_weights(source, gpt)

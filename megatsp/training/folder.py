@@ -11,9 +11,10 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from megatsp.checkpoint import paths, store
+from megatsp.checkpoint import paths
 from megatsp.checkpoint.find import find_good
 from megatsp.checkpoint.manifest import FIX, Damaged
+from megatsp.checkpoint.state import read_state
 from megatsp.compose import from_yaml
 from megatsp.schema import Config
 from megatsp.training.events import EVENTS
@@ -106,7 +107,7 @@ def check_data(config: Config, found: Path, data_key: str) -> None:
     Raises:
         ValueError: it did not: its cursor would mean other samples.
     """
-    saved = store.read_state(found).data_key
+    saved = read_state(found).data_key
     if not saved or saved == data_key:
         return
     old = _config_of(found)

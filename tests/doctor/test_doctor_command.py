@@ -10,7 +10,7 @@ import pytest
 from runs import RANK_VARIABLES, ROOT
 from waiting import LIMIT_S, free_port
 
-from megatsp.doctor import command
+from megatsp.doctor import checks, command
 from megatsp.doctor.finding import OK, PROBLEM, WARNING, Finding
 from megatsp.doctor.report import as_json, count, merge, table
 
@@ -43,7 +43,7 @@ def test_versions_that_differ_are_a_problem():
     ("findings", "status"), [([*WELL, SLOW], 0), ([Finding("a", "b", PROBLEM, "c", "d")], 1)]
 )
 def test_exit_status(findings, status, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(command, "examine", lambda output_dir: findings)
+    monkeypatch.setattr(checks, "examine", lambda output_dir: findings)
     monkeypatch.delenv("RANK", raising=False)
     assert command.run(["--output-dir", str(tmp_path), "--json"]) == status
     found = json.loads(capsys.readouterr().out)

@@ -21,14 +21,16 @@ from megatsp.cluster.profiles import Expected
 from megatsp.comm import Comm
 from megatsp.compose import compose
 from megatsp.launcher.outcome import node_name
-from megatsp.preflight import command, measure
 from megatsp.preflight import examine as examine_module
-from megatsp.preflight.command import _needed, parse
+from megatsp.preflight import measure
+from megatsp.preflight import rank as rank_module
+from megatsp.preflight.command import parse
 from megatsp.preflight.examine import Found, Judging, Kind, examine, expected_gb_s, hop_bytes
 from megatsp.preflight.files import write_names
 from megatsp.preflight.judge import Place, Sample, Verdict, judge_spanning
 from megatsp.preflight.measure import Bench, Measured, measure_product, measure_transfer
 from megatsp.preflight.presence import _name
+from megatsp.preflight.rank import _needed
 from megatsp.preflight.report import as_json, table
 from megatsp.preflight.transfers import Transfer, bus_bytes
 from megatsp.validate import validate
@@ -393,13 +395,13 @@ def test_too_few_good_nodes_are_suspected_hardware(tmp_path, monkeypatch, capsys
     sample = Sample("GEMM", "TFLOP/s", 1.0, (Place("n0", 3),), right=False)
     verdict = Verdict({"n0": ["GPU 3: GEMM: wrong data"]})
     found = Found(["n0"], 1, [Kind("GEMM", "devices", 0, 700.0, [sample])], verdict, None)
-    monkeypatch.setattr(command, "examine", lambda *given: found)
+    monkeypatch.setattr(rank_module, "examine", lambda *given: found)
     for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", SLURMD_NODENAME="n0").items():
         monkeypatch.setenv(name, value)
-    join = partial(command._join, store=dist.HashStore(), rank=0, world_size=1)
-    monkeypatch.setattr(command, "_join", join)
+    join = partial(rank_module._join, store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(rank_module, "_join", join)
     try:
-        assert command.run(parse(["--folder", str(tmp_path), *TINY])) == 77
+        assert rank_module.run(parse(["--folder", str(tmp_path), *TINY])) == 77
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

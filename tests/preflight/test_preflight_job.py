@@ -23,10 +23,10 @@ import pathlib, sys, threading, time, torch
 from dataclasses import replace
 from types import SimpleNamespace
 from megatsp import cli
-from megatsp.preflight import command, examine, guard, measure, presence
+from megatsp.preflight import examine, guard, measure, presence, rank as work
 rank, mark = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 measured, run = examine.measure_transfer, measure._run
-command._LIMIT_S = 1.0
+work._LIMIT_S = 1.0
 late = ""  # the measurement that does not end
 def sleep():
     mark.touch()
@@ -78,7 +78,7 @@ MEASURES_NOTHING = """
 def found(config, places, needed, bench, judging, unfit):
     assert bench.device.type == "cuda"
     return examine.Found(["n0", "n1"], needed, verdict=examine.Verdict(unfit))
-command.examine = found
+work.examine = found
 """
 ONE_GPU_A_TASK = """
 torch.cuda.is_available = lambda: True
