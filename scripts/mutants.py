@@ -9,10 +9,12 @@ applies, and names it.
 """
 
 import json
+import signal
 import sys
 import tempfile
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -21,7 +23,7 @@ from pathlib import Path
 
 from mutant_runs import coverage
 from mutant_runs.copies import ALL_PASSED, SOME_FAILED, Copy
-from mutant_runs.judge import SEEN, Judge, Result, result_of
+from mutant_runs.judge import SEEN, Judge, Result
 from mutant_runs.mutants import HERE, DoesNotApply, Mutant, Tree, load_mutants
 
 from megatsp.parser import Parser
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", action="append", metavar="NAME", help="mutants of this name, function, area or glob alone"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="copies that are worked in at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="copies, or processes of --coverage, at a time")
     parser.add_argument("--quick", action="store_true", help="no whole suite after the covering tests")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="results; those that it has are not judged again"
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(problems) or f"{len(mutants)} mutants apply")
         return bool(problems)
     if args.coverage:
-        return _make_table(root, mutants, args.table, args.hits, args.junit)
+        return _make_table(root, mutants, args)
     return _judge_all(root, mutants, args)
 
 
@@ -73,7 +75,7 @@ def _is_meant(mutant: Mutant, only: Sequence[str] | None) -> bool:
     return not only or any(fnmatch(name, pattern) or name == pattern for name in names for pattern in only)
 
 
-def _problems(tree: Tree, mutants: Iterable[Mutant]) -> Iterable[str]:
+def _problems(tree: Tree, mutants: Iterable[Mutant]) -> Iterator[str]:
     for mutant in mutants:
         try:
             tree.mutated(mutant)
@@ -82,60 +84,75 @@ def _problems(tree: Tree, mutants: Iterable[Mutant]) -> Iterable[str]:
             yield str(error)
 
 
-def _make_table(
-    root: Path, mutants: Sequence[Mutant], table: Path, hits: Path | None, junit: Path | None
-) -> int:
-    status: int | None = ALL_PASSED
+def _make_table(root: Path, mutants: Sequence[Mutant], args: Namespace) -> int:
+    hits, junit, status = args.hits, args.junit, ALL_PASSED
     with tempfile.TemporaryDirectory(prefix="mutants_") as name:
         if hits is None:
             hits, junit = Path(name) / "hits", Path(name) / "junit.xml"
             with Copy(root, Path(name) / "0") as copy:
                 coverage.put_probes(copy, Tree(copy.folder), mutants, hits)
-                run = copy.test(["-n", "2", "--dist", "loadfile", f"--junitxml={junit}"], limit_s=7200)
+                jobs = str(args.jobs if args.jobs > 1 else 0)
+                run = copy.test(["-n", jobs, "--dist", "loadfile", f"--junitxml={junit}"], limit_s=7200)
             status = run.status
             print("\n".join(run.output.splitlines()[-40:]))
         seconds = coverage.seconds_of(junit) if junit is not None and junit.exists() else {}
         found = coverage.table_of(Tree(root), mutants, hits, seconds)
-    coverage.write_table({**coverage.load_table(table), **found}, table)
+    coverage.write_table({**coverage.load_table(args.table), **found}, args.table)
     for mutant in mutants:
         if not found[mutant.name]:
             print(f"no test enters the function: {mutant.name}")
     return 0 if status in (ALL_PASSED, SOME_FAILED) else 1
 
 
-def _judge_all(root: Path, mutants: list[Mutant], args: "object") -> int:
-    options = vars(args)
-    results: dict[str, Result] = {}
-    output: Path | None = options["json"]
-    if output is not None and output.exists():
-        known = {entry["name"]: result_of(entry) for entry in json.loads(output.read_text())}
-        results = {
-            m.name: known[m.name] for m in mutants if m.name in known and known[m.name].change == m.change
-        }
+def _judge_all(root: Path, mutants: list[Mutant], args: Namespace) -> int:
+    results = _known(args.json, args.mutants)
     with tempfile.TemporaryDirectory(prefix="mutants_") as name, ExitStack() as stack:
-        table = coverage.load_table(options["table"])
-        judge = Judge(root, Path(name), table, options["limit"], options["quick"])
-        for number in range(options["jobs"]):
+        judge = Judge(root, Path(name), coverage.load_table(args.table), args.limit, args.quick)
+        for number in range(args.jobs):
             judge.give(stack.enter_context(Copy(root, Path(name) / str(number))))
-        waiting = [mutant for mutant in mutants if mutant.name not in results]
-        new: dict[str, Result] = {}
-        while waiting:
-            with ThreadPoolExecutor(options["jobs"]) as pool:
-                futures = [pool.submit(judge.judge, mutant) for mutant in waiting]
-                for future in as_completed(futures):
-                    result = future.result()
-                    new[result.name] = results[result.name] = result
-                    _say(len(results), len(mutants), result)
-                    if output is not None:
-                        output.write_text(json.dumps([asdict(r) for r in results.values()], indent=1) + "\n")
-            again = {result.name for result in judge.unconfirmed(new.values())}
-            for result_name in again:
-                print(
-                    f"judged again, the test fails without the fault too: {new[result_name].by}", flush=True
-                )
-            new = {key: result for key, result in new.items() if key not in again}
-            waiting = [mutant for mutant in mutants if mutant.name in again]
+        while waiting := [mutant for mutant in mutants if mutant.name not in results]:
+            for result in _judged(judge, waiting, args.jobs):
+                results[result.name] = result
+                _say(sum(m.name in results for m in mutants), len(mutants), result)
+                _write(args.json, results)
+            kills, doubtful = judge.confirm([results[mutant.name] for mutant in mutants])
+            for result in doubtful:
+                print(f"judged again, as the test fails without the fault too: {result.by}", flush=True)
+                del results[result.name]
+            results |= {result.name: result for result in kills}
+            _write(args.json, results)
     return _sum_up([results[mutant.name] for mutant in mutants])
+
+
+def _known(path: Path | None, table: Path) -> dict[str, Result]:
+    """The results of an earlier call, of mutants that are still the same."""
+    if path is None or not path.exists():
+        return {}
+    changes = {mutant.name: mutant.change for mutant in load_mutants(table)}
+    found = [Result(**entry) for entry in json.loads(path.read_text())]
+    return {result.name: result for result in found if changes.get(result.name) == result.change}
+
+
+def _judged(judge: Judge, mutants: Sequence[Mutant], jobs: int) -> Iterator[Result]:
+    """Results as they come. An interruption ends what runs."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(judge.judge, mutant) for mutant in mutants]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            judge.stop()
+            raise
+
+
+def _write(output: Path | None, results: Mapping[str, Result]) -> None:
+    if output is not None:
+        output.write_text(json.dumps([asdict(result) for result in results.values()], indent=1) + "\n")
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _say(done: int, total: int, result: Result) -> None:
@@ -153,4 +170,5 @@ def _sum_up(results: Sequence[Result]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # so that what runs is ended, and the copies are removed
     sys.exit(main())

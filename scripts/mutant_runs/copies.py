@@ -36,6 +36,7 @@ class Copy:
         self._root, self.folder = root, folder
         self._changed: dict[Path, str] = {}
         self._edits = 0
+        self._running = 0  # the process of pytest
 
     def __enter__(self) -> "Copy":
         shutil.copytree(self._root, self.folder, symlinks=True, ignore=shutil.ignore_patterns(*_LEFT_OUT))
@@ -96,24 +97,22 @@ class Copy:
             errors="replace",
             start_new_session=True,
         )
+        self._running = process.pid
         status: int | None
         try:
             output, _ = process.communicate(timeout=limit_s)
             status = process.returncode
         except subprocess.TimeoutExpired:
-            _end(process.pid)
+            self.stop()
             output, _ = process.communicate()
             status = None
-        except BaseException:
-            _end(process.pid)
-            process.wait()
-            raise
+        self._running = 0
         summary = output.strip().rpartition("\n")[2]
         tests = sum(int(count) for count, _ in _COUNT.findall(summary))
         return Run(status, _FAILED.findall(output), tests, time.monotonic() - since, output)
 
-
-def _end(session: int) -> None:
-    """Kills pytest and what it started in its session."""
-    with suppress(ProcessLookupError):
-        os.killpg(session, signal.SIGKILL)
+    def stop(self) -> None:
+        """Kills pytest, if it runs here, and what it started in its session."""
+        if self._running:
+            with suppress(ProcessLookupError):
+                os.killpg(self._running, signal.SIGKILL)

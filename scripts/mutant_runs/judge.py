@@ -2,10 +2,9 @@
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 from mutant_runs.copies import ALL_PASSED, INTERRUPTED, NONE_RUN, SOME_FAILED, Copy, Run
 from mutant_runs.coverage import Table
@@ -27,7 +26,7 @@ class Result:
     """What became of one mutant.
 
     by: the test that failed, or why it is unsound. stage: the covering tests, or the whole suite. tests: how
-    many were run. change: what was replaced by what.
+    many were run. change: what was replaced by what. is_confirmed: the test passes without it.
     """
 
     name: str
@@ -37,6 +36,7 @@ class Result:
     tests: int
     seconds: float
     change: list[str]
+    is_confirmed: bool = False
 
 
 class Judge:
@@ -48,12 +48,19 @@ class Judge:
         self._tree = Tree(root)
         self._sound: set[str] = set()  # tests that pass without a fault
         self._not_to_blame: set[str] = set()  # and those that fail
+        self._copies: list[Copy] = []
         self._free: SimpleQueue[Copy] = SimpleQueue()
         self._lock = threading.Lock()
 
     def give(self, copy: Copy) -> None:
         """One copy more to work in."""
+        self._copies.append(copy)
         self._free.put(copy)
+
+    def stop(self) -> None:
+        """Ends what runs, when nobody waits for it any more."""
+        for copy in self._copies:
+            copy.stop()
 
     def judge(self, mutant: Mutant) -> Result:
         """What the tests say of one mutant; in any thread."""
@@ -88,23 +95,27 @@ class Judge:
             ignored = sorted(self._not_to_blame)
         return copy.test(["-x", *(f"--deselect={test}" for test in ignored), *arguments], limit_s)
 
-    def unconfirmed(self, results: Iterable[Result]) -> list[Result]:
-        """Those of the kills whose test fails without the fault too; such tests are left out from now on."""
-        killed = [result for result in results if result.verdict == KILLED]
+    def confirm(self, results: Iterable[Result]) -> tuple[list[Result], list[Result]]:
+        """Of the kills not confirmed yet, those whose test passes without the fault, and the others.
+
+        The tests of the others are left out from now on: they say nothing.
+        """
+        killed = [result for result in results if result.verdict == KILLED and not result.is_confirmed]
         tests = sorted({result.by for result in killed} - self._sound)
-        if not tests:
-            return []
-        copy = self._free.get()
-        try:
-            run = copy.test(tests, self._limit_s * 4)
-        finally:
-            self._free.put(copy)
-        if run.status not in (ALL_PASSED, SOME_FAILED):
-            raise RuntimeError(f"the tests do not run without a fault either:\n{run.output[-3000:]}")
-        failed = {test for test in tests if any(_is_case(case, test) for case in run.failed)}
+        failed: set[str] = set()
+        if tests:
+            copy = self._free.get()
+            try:
+                run = copy.test(tests, self._limit_s * 4)
+            finally:
+                self._free.put(copy)
+            if run.status not in (ALL_PASSED, SOME_FAILED):
+                raise RuntimeError(f"the tests do not run without a fault either:\n{run.output[-3000:]}")
+            failed = {test for test in tests if any(_is_case(case, test) for case in run.failed)}
         self._not_to_blame |= failed
         self._sound |= {*tests} - failed
-        return [result for result in killed if result.by in failed]
+        kills = [replace(result, is_confirmed=True) for result in killed if result.by in self._sound]
+        return kills, [result for result in killed if result.by not in self._sound]
 
 
 def _verdict(run: Run) -> tuple[str, str]:
@@ -125,8 +136,3 @@ def _is_case(case: str, test: str) -> bool:
 
 def _last_lines(output: str) -> str:
     return " | ".join(output.strip().splitlines()[-3:])[-500:]
-
-
-def result_of(entry: dict[str, Any]) -> Result:
-    """A result as --json keeps it."""
-    return Result(**entry)
