@@ -1,13 +1,15 @@
 """Copies of the tree, in which faults are made and tests run: the checkout itself is never touched."""
 
+import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ from pathlib import Path
 _LEFT_OUT = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "outputs", "runs")
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::\S+(?:\[.*?\])?)?)(?: - .*)?$", re.MULTILINE)
 _COUNT = re.compile(r"(\d+) (passed|failed|errors?)")
+_OPTIONS = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", "-rfE"]
+_NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTEST_CURRENT_TEST", "PYTEST_ADDOPTS")
+_SCRIPTS = str(Path(__file__).resolve().parents[1])
 ALL_PASSED, SOME_FAILED, INTERRUPTED, NONE_RUN = 0, 1, 2, 5  # pytest's exit statuses
 
 
@@ -36,6 +41,7 @@ class Copy:
         self._root, self.folder = root, folder
         self._changed: dict[Path, str] = {}
         self._edits = 0
+        self._starter: subprocess.Popen[str] | None = None
         self._running = 0  # the process of pytest
 
     def __enter__(self) -> "Copy":
@@ -43,6 +49,10 @@ class Copy:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stop()
+        if self._starter is not None:
+            self._starter.kill()
+            self._starter.communicate()
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -69,47 +79,49 @@ class Copy:
         stamp = time.time() + 2 * self._edits
         os.utime(path, (stamp, stamp))
 
-    def test(self, arguments: Sequence[str], limit_s: float, environment: Mapping[str, str] = {}) -> Run:
+    def test(self, arguments: Sequence[str], limit_s: float) -> Run:
         """Runs pytest here, on the copy's packages, also in processes that tests start."""
         since = time.monotonic()
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--no-header",
-            "--tb=short",
-        ]
-        command += ["-rfE", f"--basetemp={self._temporary}", *arguments]
-        paths = os.pathsep.join([str(self.folder), str(self.folder / "kernels")])
-        inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        inherited.pop("PYTEST_CURRENT_TEST", None)
-        process = subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env={**inherited, "PYTHONPATH": paths, "COLUMNS": "400", **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        self._running = process.pid
-        status: int | None
-        try:
-            output, _ = process.communicate(timeout=limit_s)
-            status = process.returncode
-        except subprocess.TimeoutExpired:
+        arguments = [*_OPTIONS, f"--basetemp={self._temporary}", *arguments]
+        paths = [str(self.folder), str(self.folder / "kernels")]
+        environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+        output = self.folder.with_name(f"{self.folder.name}.log")
+        request = {
+            "arguments": arguments,
+            "folder": str(self.folder),
+            "paths": paths,
+            "not_paths": [_SCRIPTS, ""],
+            "environment": {**environment, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "400"},
+            "output": str(output),
+        }
+        starter = self._start()
+        assert starter.stdin is not None and starter.stdout is not None
+        starter.stdin.write(json.dumps(request) + "\n")
+        starter.stdin.flush()
+        self._running = int(starter.stdout.readline())
+        is_over, _, _ = select.select([starter.stdout], [], [], limit_s)
+        if not is_over:
             self.stop()
-            output, _ = process.communicate()
-            status = None
+        code = int(starter.stdout.readline())
         self._running = 0
-        summary = output.strip().rpartition("\n")[2]
-        tests = sum(int(count) for count, _ in _COUNT.findall(summary))
-        return Run(status, _FAILED.findall(output), tests, time.monotonic() - since, output)
+        text = output.read_text(errors="replace")
+        tests = sum(int(count) for count, _ in _COUNT.findall(text.strip().rpartition("\n")[2]))
+        return Run(code if is_over else None, _FAILED.findall(text), tests, time.monotonic() - since, text)
+
+    def _start(self) -> "subprocess.Popen[str]":
+        """The process that has torch imported, if it runs, or a new one."""
+        if self._starter is None or self._starter.poll() is not None:
+            imports = (self.folder / "tests" / "conftest.py").exists()  # ours imports torch
+            self._starter = subprocess.Popen(
+                [sys.executable, "-c", f"from mutant_runs.starter import serve; serve({imports})"],
+                env={**os.environ, "PYTHONPATH": _SCRIPTS},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+                start_new_session=True,
+            )
+        return self._starter
 
     def stop(self) -> None:
         """Kills pytest, if it runs here, and what it started in its session."""

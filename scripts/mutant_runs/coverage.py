@@ -16,7 +16,7 @@ from mutant_runs.copies import Copy
 from mutant_runs.mutants import HERE, Function, Mutant, Tree
 
 TABLE = HERE / "seen_by.json"
-MOST = 12  # tests that are kept of a mutant
+MOST, OF_A_FILE = 20, 5  # tests that are kept of a mutant, and of one file as long as there are others
 _PROBE = "_megatsp_probe"
 _PROBE_TEXT = """\
 import os
@@ -68,8 +68,19 @@ def table_of(tree: Tree, mutants: Sequence[Mutant], hits: Path, seconds: Mapping
     for mutant in mutants:
         tests = {test for function in tree.probed(mutant) for test in entered[_key(function)]}
         cost = {test: breadth[test] * (1.0 + seconds.get(test, 1.0)) for test in tests}
-        table[mutant.name] = sorted(tests, key=lambda test: (cost[test], test))[:MOST]
+        table[mutant.name] = _spread(sorted(tests, key=lambda test: (cost[test], test)))
     return table
+
+
+def _spread(tests: Sequence[str]) -> list[str]:
+    """The first of them, but few of a file at first: what one file misses, another may see."""
+    rounds: defaultdict[int, list[str]] = defaultdict(list)
+    seen: Counter[str] = Counter()
+    for test in tests:
+        file = test.partition("::")[0]
+        rounds[seen[file] // OF_A_FILE].append(test)
+        seen[file] += 1
+    return [test for _, some in sorted(rounds.items()) for test in some][:MOST]
 
 
 def without_parameters(test: str) -> str:
