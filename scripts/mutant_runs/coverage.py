@@ -16,7 +16,8 @@ from mutant_runs.copies import Copy
 from mutant_runs.mutants import HERE, Function, Mutant, Tree
 
 TABLE = HERE / "seen_by.json"
-MOST, OF_A_FILE = 20, 5  # tests that are kept of a mutant, and of one file as long as there are others
+MOST = 20  # tests that are kept of a mutant
+OF_ITS_OWN, OF_A_FILE = 12, 4  # among them, of its module's file, and of another as long as there are more
 _PROBE = "_megatsp_probe"
 _PROBE_TEXT = """\
 import os
@@ -54,7 +55,10 @@ def put_probes(copy: Copy, tree: Tree, mutants: Iterable[Mutant], hits: Path) ->
 
 
 def table_of(tree: Tree, mutants: Sequence[Mutant], hits: Path, seconds: Mapping[str, float]) -> Table:
-    """Of each mutant the tests that enter its function, those first that enter few others and are short."""
+    """Of each mutant the tests that enter its function: first those of its module, then of every file a few.
+
+    Among them those come first that enter few other functions and are short.
+    """
     entered: defaultdict[str, set[str]] = defaultdict(set)  # tests by function
     breadth: Counter[str] = Counter()
     with hits.open(errors="replace") as file:
@@ -66,21 +70,30 @@ def table_of(tree: Tree, mutants: Sequence[Mutant], hits: Path, seconds: Mapping
                 breadth[test] += 1
     table = {}
     for mutant in mutants:
-        tests = {test for function in tree.probed(mutant) for test in entered[_key(function)]}
+        functions = tree.probed(mutant)
+        tests = {test for function in functions for test in entered[_key(function)]}
         cost = {test: breadth[test] * (1.0 + seconds.get(test, 1.0)) for test in tests}
-        table[mutant.name] = _spread(sorted(tests, key=lambda test: (cost[test], test)))
+        modules = {function.path.stem for function in functions} | {tree.place(mutant)[0].path.stem}
+        table[mutant.name] = _chosen(sorted(tests, key=lambda test: (cost[test], test)), modules)
     return table
 
 
+def _chosen(tests: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """The first of them, but those of the modules' own files before, and of other files few at first."""
+    endings = tuple(f"_{module}.py" for module in modules)  # tests/ mirrors the source
+    own = [test for test in tests if test.partition("::")[0].endswith(endings)][:OF_ITS_OWN]
+    return [*own, *_spread([test for test in tests if test not in own])][:MOST]
+
+
 def _spread(tests: Sequence[str]) -> list[str]:
-    """The first of them, but few of a file at first: what one file misses, another may see."""
+    """All of them, few of a file in turn: what one file misses, another may see."""
     rounds: defaultdict[int, list[str]] = defaultdict(list)
     seen: Counter[str] = Counter()
     for test in tests:
         file = test.partition("::")[0]
         rounds[seen[file] // OF_A_FILE].append(test)
         seen[file] += 1
-    return [test for _, some in sorted(rounds.items()) for test in some][:MOST]
+    return [test for _, some in sorted(rounds.items()) for test in some]
 
 
 def without_parameters(test: str) -> str:
