@@ -3,11 +3,11 @@
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -99,14 +99,22 @@ class Copy:
         starter.stdin.write(json.dumps(request) + "\n")
         starter.stdin.flush()
         self._running = int(starter.stdout.readline())
-        is_over, _, _ = select.select([starter.stdout], [], [], limit_s)
-        if not is_over:
+        has_expired = threading.Event()
+
+        def expire() -> None:
+            has_expired.set()
             self.stop()
-        code = int(starter.stdout.readline())
+
+        timer = threading.Timer(limit_s, expire)
+        timer.start()
+        status: int | None = int(starter.stdout.readline())
+        timer.cancel()
         self._running = 0
         text = output.read_text(errors="replace")
         tests = sum(int(count) for count, _ in _COUNT.findall(text.strip().rpartition("\n")[2]))
-        return Run(code if is_over else None, _FAILED.findall(text), tests, time.monotonic() - since, text)
+        if has_expired.is_set():
+            status = None
+        return Run(status, _FAILED.findall(text), tests, time.monotonic() - since, text)
 
     def _start(self) -> "subprocess.Popen[str]":
         """The process that has torch imported, if it runs, or a new one."""
