@@ -157,7 +157,8 @@ def _interrupt(*_: object) -> None:
 
 def _say(done: int, total: int, result: Result) -> None:
     by = f" by {result.by}" if result.by else ""
-    print(f"{done:3}/{total} {result.verdict} in {result.seconds:.0f} s: {result.name}{by}", flush=True)
+    why = f" ({result.why[:120]})" if result.why else ""
+    print(f"{done:3}/{total} {result.verdict} in {result.seconds:.0f} s: {result.name}{by}{why}", flush=True)
 
 
 def _sum_up(results: Sequence[Result]) -> int:
@@ -165,7 +166,7 @@ def _sum_up(results: Sequence[Result]) -> int:
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), f"of {len(results)}")
     left = [result for result in results if result.verdict not in SEEN]
     for result in left:
-        print(f"{result.verdict}: {result.name}{f' ({result.by})' if result.by else ''}")
+        print(f"{result.verdict}: {result.name}{f' ({result.why})' if result.why else ''}")
     return bool(left)
 
 

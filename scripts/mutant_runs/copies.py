@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LEFT_OUT = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "outputs", "runs")
-_FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::\S+(?:\[.*?\])?)?)(?: - .*)?$", re.MULTILINE)
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::\S+(?:\[.*?\])?)?)(?: - (.*))?$", re.MULTILINE)
 _COUNT = re.compile(r"(\d+) (passed|failed|errors?)")
 _OPTIONS = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", "-rfE"]
 _NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTEST_CURRENT_TEST", "PYTEST_ADDOPTS")
@@ -25,10 +25,13 @@ ALL_PASSED, SOME_FAILED, INTERRUPTED, NONE_RUN = 0, 1, 2, 5  # pytest's exit sta
 
 @dataclass(frozen=True)
 class Run:
-    """What pytest said. status: its exit status, None if it was ended by the limit. failed: ids of tests."""
+    """What pytest said.
+
+    status: its exit status, None if it was ended by the limit. failed: why, by ids of tests, in their order.
+    """
 
     status: int | None
-    failed: list[str]
+    failed: dict[str, str]
     tests: int
     seconds: float
     output: str
@@ -114,7 +117,7 @@ class Copy:
         tests = sum(int(count) for count, _ in _COUNT.findall(text.strip().rpartition("\n")[2]))
         if has_expired.is_set():
             status = None
-        return Run(status, _FAILED.findall(text), tests, time.monotonic() - since, text)
+        return Run(status, dict(_FAILED.findall(text)), tests, time.monotonic() - since, text)
 
     def _start(self) -> "subprocess.Popen[str]":
         """The process that has torch imported, if it runs, or a new one."""

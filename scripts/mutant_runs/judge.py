@@ -18,6 +18,7 @@ KILLED, TIMED_OUT, SURVIVED, NOT_COVERED, UNSOUND = (
     "unsound",
 )
 SEEN = (KILLED, TIMED_OUT)  # verdicts of a mutant that the suite catches
+_OF_TIME = ("TimeoutError", "Failed: Timeout")  # what ends a test that hangs, or a machine that is too busy
 WHOLE_SUITE = ["-n", "2", "--dist", "loadfile"]
 
 
@@ -25,13 +26,15 @@ WHOLE_SUITE = ["-n", "2", "--dist", "loadfile"]
 class Result:
     """What became of one mutant.
 
-    by: the test that failed, or why it is unsound. stage: the covering tests, or the whole suite. tests: how
-    many were run. change: what was replaced by what. is_confirmed: the test passes without it.
+    by: the test that failed. why: what pytest says of it in a line, or why the mutant is unsound. stage: the
+    covering tests, or the whole suite. tests: how many were run. change: what was replaced by what.
+    is_confirmed: the test passes without it.
     """
 
     name: str
     verdict: str
     by: str
+    why: str
     stage: str
     tests: int
     seconds: float
@@ -82,11 +85,11 @@ class Judge:
         for stage, arguments in stages:
             run = self._run(copy, arguments, self._limit_s * (1 if stage == "covering tests" else 4))
             count, seconds = count + run.tests, seconds + run.seconds
-            verdict, by = _verdict(run)
+            verdict, by, why = _verdict(run)
             if verdict != SURVIVED:
-                return Result(mutant.name, verdict, by, stage, count, seconds, mutant.change)
+                return Result(mutant.name, verdict, by, why, stage, count, seconds, mutant.change)
         return Result(
-            mutant.name, SURVIVED if stages else NOT_COVERED, "", stages[-1][0] if stages else "", count,
+            mutant.name, SURVIVED if stages else NOT_COVERED, "", "", stages[-1][0] if stages else "", count,
             seconds, mutant.change,
         )  # fmt: skip
 
@@ -100,7 +103,7 @@ class Judge:
 
         The tests of the others are left out from now on: they say nothing.
         """
-        killed = [result for result in results if result.verdict == KILLED and not result.is_confirmed]
+        killed = [r for r in results if r.verdict in SEEN and r.by and not r.is_confirmed]
         tests = sorted({result.by for result in killed} - self._sound)
         failed: set[str] = set()
         if tests:
@@ -118,16 +121,18 @@ class Judge:
         return kills, [result for result in killed if result.by not in self._sound]
 
 
-def _verdict(run: Run) -> tuple[str, str]:
+def _verdict(run: Run) -> tuple[str, str, str]:
+    """The verdict, the test that failed, and why."""
     if run.status is None:
-        return TIMED_OUT, ""
+        return TIMED_OUT, "", "the tests were ended by the limit"
     if run.status in (ALL_PASSED, NONE_RUN):
-        return SURVIVED, ""
+        return SURVIVED, "", ""
     if run.status == SOME_FAILED and run.failed:
-        return KILLED, run.failed[0]
+        test, why = next(iter(run.failed.items()))
+        return (TIMED_OUT if why.startswith(_OF_TIME) else KILLED), test, why
     if run.status == INTERRUPTED:
-        return UNSOUND, f"tests cannot be collected: {_last_lines(run.output)}"
-    return UNSOUND, f"pytest ended with {run.status}: {_last_lines(run.output)}"
+        return UNSOUND, "", f"tests cannot be collected: {_last_lines(run.output)}"
+    return UNSOUND, "", f"pytest ended with {run.status}: {_last_lines(run.output)}"
 
 
 def _is_case(case: str, test: str) -> bool:
