@@ -116,7 +116,7 @@ def run(root, *arguments):
 
 def test_kills_and_survivors(small_tree, capsys):
     assert run(small_tree, "--coverage") == (0, {})
-    table = json.loads((small_tree.parent / "table.json").read_text())
+    table = coverage.load_table(small_tree.parent / "table.json")
     assert table["Counter.total: counts one more"] == ["tests/test_sums.py::test_counter"]
     assert {*table["total: subtracts"]} == {
         "tests/test_sums.py::test_total", "tests/test_sums.py::test_that_always_fails"

@@ -16,8 +16,9 @@ from mutant_runs.copies import Copy
 from mutant_runs.mutants import HERE, Function, Mutant, Tree
 
 TABLE = HERE / "seen_by.json"
-MOST = 20  # tests that are kept of a mutant
-OF_ITS_OWN, OF_A_FILE = 12, 4  # among them, of its module's file, and of another as long as there are more
+# Tests that are kept of a mutant: of the file that mirrors its module, before all of that file; of all others; and
+# of each of those, as long as there are more.
+OF_ITS_OWN, OF_OTHERS, OF_A_FILE = 6, 9, 3
 _PROBE = "_megatsp_probe"
 _PROBE_TEXT = """\
 import os
@@ -33,7 +34,7 @@ def hit(name):
         os.write(file, f"{{test}}\\t{{name}}\\n".encode())
         os.close(file)
 """
-Table = dict[str, list[str]]  # tests, the most telling first, by mutant
+Table = dict[str, list[str]]  # tests, or whole files, the most telling first, by mutant
 
 
 def put_probes(copy: Copy, tree: Tree, mutants: Iterable[Mutant], hits: Path) -> None:
@@ -79,10 +80,12 @@ def table_of(tree: Tree, mutants: Sequence[Mutant], hits: Path, seconds: Mapping
 
 
 def _chosen(tests: Sequence[str], modules: Iterable[str]) -> list[str]:
-    """The first of them, but those of the modules' own files before, and of other files few at first."""
+    """The first of the modules' own files, then those files, then the first of the others, few of a file."""
     endings = tuple(f"_{module}.py" for module in modules)  # tests/ mirrors the source
-    own = [test for test in tests if test.partition("::")[0].endswith(endings)][:OF_ITS_OWN]
-    return [*own, *_spread([test for test in tests if test not in own])][:MOST]
+    own = [test for test in tests if test.partition("::")[0].endswith(endings)]
+    files = {test.partition("::")[0] for test in own[OF_ITS_OWN:]}
+    others = _spread([test for test in tests if test not in own])
+    return [*own[:OF_ITS_OWN], *sorted(files), *others[:OF_OTHERS]]
 
 
 def _spread(tests: Sequence[str]) -> list[str]:
@@ -113,11 +116,29 @@ def seconds_of(junit: Path) -> dict[str, float]:
 
 
 def load_table(path: Path = TABLE) -> Table:
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The ids of tests by mutant; on disk they are grouped by file."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        name: [f"{file}::{test}" if test else file for file, tests in files.items() for test in tests]
+        for name, files in content.items()
+    }
 
 
 def write_table(table: Table, path: Path = TABLE) -> None:
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    """A line for each mutant and file."""
+    content: dict[str, dict[str, list[str]]] = {}
+    for name, tests in table.items():
+        files = content.setdefault(name, {})
+        for test in tests:
+            file, _, case = test.partition("::")
+            files.setdefault(file, []).append(case)
+    entries = [
+        f" {json.dumps(name)}: {{\n"
+        + ",\n".join(f"  {json.dumps(file)}: {json.dumps(cases)}" for file, cases in files.items())
+        + "\n }"
+        for name, files in content.items()
+    ]
+    path.write_text("{\n" + ",\n".join(entries) + "\n}\n")
 
 
 def missing_tests(root: Path, table: Table) -> list[str]:
@@ -130,7 +151,7 @@ def missing_tests(root: Path, table: Table) -> list[str]:
             path = root / file
             nodes = ast.walk(ast.parse(path.read_text())) if path.exists() else ()
             defined[file] = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
-        if name not in defined[file]:
+        if not defined[file] or (name and name not in defined[file]):
             missing.append(test)
     return missing
 
