@@ -89,3 +89,12 @@ def test_what_comes_after_a_second_sigterm_does_not_soften_it():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signals._hear(number, None)
     assert signals.is_hard and killed
+
+
+def test_a_stop_after_a_request_to_save_is_the_first_stop():
+    killed: list[int] = []
+    with restored():
+        signals = Signals((), lambda: killed.append(1))
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signals._hear(number, None)
+    assert signals.first == signal.SIGUSR1 and not signals.is_hard and not killed

@@ -43,6 +43,9 @@ def damage_in_turn(folder: Path) -> None:
     (training.folder / "config.yaml").write_bytes(extra["config.yaml"])
     checkpoints, loader = training.folder / "checkpoints", training.loader()
     states = []
+    # Below both an import: a checkpoint of iteration 0, without moments.
+    store.save(checkpoints, training.state, training.gpt, {}, extra, training.tokenizer)
+    imported = {name: tensor.clone() for name, tensor in full_state(training).items()}
     for iteration in (1, 2):
         training.step(iteration, loader)
         moments = training.optimizer.tensors()
@@ -74,6 +77,12 @@ def damage_in_turn(folder: Path) -> None:
     assert started(folder, "checkpoint.verify=sizes")[0].state.iteration == 2  # as was asked for
 
     flip_last_byte(one)
+    resumed, _ = started(folder)
+    assert resumed.resumed_from == folder_of(checkpoints, 0) and resumed.state.iteration == 0
+    found = full_state(resumed)  # with moments of zeros, whatever was read of the damaged ones
+    assert all(torch.equal(tensor, imported[name]) for name, tensor in found.items())
+
+    flip_last_byte(folder_of(checkpoints, 0))
     with pytest.raises(Damaged, match="no checkpoint is whole: .*iter_0000002 .*iter_0000001 "):
         started(folder)
     with pytest.raises(ValueError, match="holds another run; it differs in trainer.seed: 1234") as caught:

@@ -128,6 +128,10 @@ def test_a_step_without_the_target_leaves_its_logit():
     lse, target_logit = torch.full((N,), -INF, device=DEVICE), torch.full((N,), 3.0, device=DEVICE)
     cross_entropy_step(x, weight.t(), targets, 1000, lse, target_logit)
     assert (target_logit == 3.0).all() and lse.isfinite().all()
+    beside = torch.full_like(targets, 17)
+    beside[::2] = 8  # the row after the bucket's last, and the one before its first
+    cross_entropy_step(x, weight[9:17].t(), beside, 9, lse, target_logit)
+    assert (target_logit == 3.0).all()
 
 
 def dlogits_of(
