@@ -202,7 +202,7 @@ class Ranks:
 
     def _report(self, rank: int) -> "_Report":
         try:
-            return pickle.loads(self._connections[rank].recv_bytes())  # type: ignore[no-any-return]
+            return pickle.loads(self._connections[rank].recv_bytes())
         except (EOFError, ConnectionResetError):
             process = self._processes[rank]
             process.join()

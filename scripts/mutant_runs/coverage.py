@@ -16,8 +16,8 @@ from mutant_runs.copies import Copy
 from mutant_runs.mutants import HERE, Function, Mutant, Tree
 
 TABLE = HERE / "seen_by.json"
-# Tests that are kept of a mutant: of the file that mirrors its module, before all of that file; of all others;
-# and of each of those, as long as there are more.
+# Tests that are kept of a mutant: of the file that mirrors its module, before all of that file; of all
+# others; and of each of those, as long as there are more.
 OF_ITS_OWN, OF_OTHERS, OF_A_FILE = 6, 9, 3
 _PROBE = "_megatsp_probe"
 _PROBE_TEXT = """\
