@@ -6,6 +6,7 @@ so that a group stays inside a node). Axes of one rank are there too and cost no
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatsp.comm import Comm, Traffic
+from megatsp.launcher import STORE
 from megatsp.schema import AXES, ParallelConfig
 from megatsp.tsp.partition import local_positions, take_local
 
@@ -135,11 +137,20 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def meeting(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Where our launcher's local ranks meet, for init_process_group; {}: another launcher says it itself."""
+    if STORE not in environ:
+        return {}
+    rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    return {"init_method": f"file://{environ[STORE]}", "rank": rank, "world_size": world_size}
+
+
 def join(device: torch.device, timeout_s: float, **where: Any) -> None:
     """Joins the default process group: NCCL's on a GPU, gloo's elsewhere.
 
     where: init_process_group's store, rank and world_size, if no launcher described them in the environment.
     """
+    where = where or meeting(os.environ)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(

@@ -39,10 +39,18 @@ usage: megatsp COMMAND [arguments]
 """
 
 
+# What the ranks of these commands import first: once, for all that our launcher starts.
+_WORK = {
+    "train": "megatsp.training.run", "sft": "megatsp.training.run", "generate": "megatsp.training.generate",
+    "preflight": "megatsp.preflight.rank",
+}  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status; a user's mistake is one message and 2."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
+        launcher.become_rank([_WORK[name] for name in arguments[:1] if name in _WORK])
         if _join(os.environ):
             launcher.run_rank(lambda: _dispatch(arguments))
         status = _dispatch(arguments)

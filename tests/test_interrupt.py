@@ -43,14 +43,13 @@ def wait_for_steps(folder: Path, job: subprocess.Popen) -> None:
 
 
 def processes(folder: Path) -> dict[int, str]:
-    """The rank ("" for the launcher) of every process that was started on this test's folder."""
+    """The rank ("" for the launcher and the ranks' server) of every process started on this test's folder."""
     found = {}
     for process in Path("/proc").iterdir():
         try:
             if process.name.isdigit() and str(folder).encode() in (process / "cmdline").read_bytes():
-                variables = (process / "environ").read_bytes().split(b"\0")
-                rank = next((v for v in variables if v.startswith(b"RANK=")), b"RANK=")
-                found[int(process.name)] = rank.decode().removeprefix("RANK=")
+                name = (process / "comm").read_text().strip()
+                found[int(process.name)] = name.removeprefix("rank ") if name.startswith("rank ") else ""
         except (FileNotFoundError, ProcessLookupError):
             pass  # it has ended meanwhile
     return found
@@ -83,7 +82,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):
     job = start("trainer.train_iters=1000000", "launch.max_restarts=0")
     wait_for_steps(tmp_path, job)
     running = processes(tmp_path)
-    assert sorted(running.values()) == ["", "0", "1"]
+    assert sorted(running.values()) == ["", "", "0", "1"]
     os.kill(next(pid for pid, rank in running.items() if rank == "1"), signal.SIGKILL)
     _, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 137

@@ -29,6 +29,9 @@ sys.exit(launch_local(2, [sys.executable, *command], restarts))
 RANK = """
 import os, pathlib, signal, subprocess, sys, time
 
+from megatsp.launcher import become_rank
+
+become_rank([])
 modes, folder, rank = sys.argv[1].split(","), pathlib.Path(sys.argv[2]), int(os.environ["RANK"])
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 mode = modes[attempt]

@@ -1,4 +1,4 @@
-"""Local ranks: started by torch's elastic agent, watched, started again; and what a rank owes its launcher.
+"""Local ranks: forked from one process, watched, started again; and what a rank owes its launcher.
 
 Every rank is an ordinary process in a session of its own: a terminal's signal reaches the launcher alone, and
 a scheduler's may reach all of them, which changes nothing. The launcher passes the first SIGINT, SIGTERM or
@@ -15,6 +15,7 @@ failure is shown, alone and in full.
 """
 
 from megatsp.exit_status import INTERRUPTED, REQUEUE, USER_ERROR
+from megatsp.launcher.fork import STORE, become_rank
 from megatsp.launcher.local import launch_local
 from megatsp.launcher.outcome import ATTEMPT_FOLDER
 from megatsp.launcher.rank import LAUNCHER_PID, is_users, run_rank
@@ -26,8 +27,10 @@ __all__ = [
     "INTERRUPTED",
     "LAUNCHER_PID",
     "REQUEUE",
+    "STORE",
     "USER_ERROR",
     "Restarts",
+    "become_rank",
     "is_users",
     "launch_local",
     "requeued",

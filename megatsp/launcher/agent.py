@@ -1,26 +1,22 @@
-"""torch's elastic agent for the ranks of one attempt, which end together and leave nothing behind."""
+"""torch's elastic agent for the ranks of one node of a job, which end together and leave nothing behind."""
 
-import json
+import logging
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from megatsp.exit_status import HANG, REQUEUE
+from megatsp.launcher.fork import GRACE_S, REAPED_S, drop_torn, group_runs
 from megatsp.launcher.signals import Signals
-
-# How long the other ranks may go on after one ended with this status: all end in good order then, or write
-# their stacks. After any other they wait for it in vain.
-_GRACE_S = {REQUEUE: 30.0, HANG: 3.0}
-_REAPED_S = 5.0  # until the kernel has taken a killed process away
 
 
 @dataclass(frozen=True)
@@ -34,9 +30,8 @@ class Nodes:
 
 
 class Agent(LocalElasticAgent):
-    """Starts `command` as `nproc` ranks, once; a rank's error file goes under `folder`.
+    """Starts `command` as `nproc` ranks of this node, once; a rank's error file goes under `folder`.
 
-    attempt: 0 for the first one; the ranks' TORCHELASTIC_RESTART_COUNT. nodes: None for this machine alone.
     ended: the ranks that were killed here, after another one had failed.
     """
 
@@ -46,43 +41,44 @@ class Agent(LocalElasticAgent):
         command: list[str],
         folder: Path,
         signals: Signals,
-        attempt: int,
-        nodes: Nodes | None = None,
+        nodes: Nodes,
     ) -> None:
-        if nodes is None:
-            rendezvous = RendezvousParameters(
-                backend="c10d",
-                endpoint="localhost:0",  # any free port
-                run_id=f"megatsp-{os.getpid()}",
-                min_nodes=1,
-                max_nodes=1,
-                local_addr="localhost",  # and not the host's name, which need not resolve
-            )
-        else:  # nodes are numbered by whoever started them, and not by their names
-            rendezvous = RendezvousParameters(
-                backend="static",
-                endpoint=nodes.endpoint,
-                run_id="megatsp",
-                min_nodes=nodes.count,
-                max_nodes=nodes.count,
-                rank=nodes.index,
-                timeout=nodes.timeout_s,
-            )
+        rendezvous = RendezvousParameters(
+            backend="static",
+            endpoint=nodes.endpoint,
+            run_id="megatsp",
+            min_nodes=nodes.count,
+            max_nodes=nodes.count,
+            rank=nodes.index,  # as whoever started them numbers them, and not by their names
+            timeout=nodes.timeout_s,
+        )
         spec = WorkerSpec(
             role="rank",
             local_world_size=nproc,
             entrypoint=command[0],
             args=tuple(command[1:]),
             rdzv_handler=get_rendezvous_handler(rendezvous),
-            max_restarts=attempt,
+            max_restarts=0,  # whether ranks start again, the job's script decides
             monitor_interval=0.1,
-            local_addr="localhost" if nodes is None else None,
         )
         super().__init__(spec, DefaultLogsSpecs(log_dir=str(folder)), start_method="spawn")
-        self._remaining_restarts = 0  # the next attempt has an agent of its own, and no store of this one's
+        self._first = nodes.index * nproc
         self.ended: set[int] = set()
         self._done: set[int] = set()  # ranks that ended with 0
         self._folder, self._signals = folder, signals
+
+    def run_ranks(self) -> dict[int, int]:
+        """Waits until all ranks have ended; returns the exit codes of those that failed, by number here."""
+        try:
+            with _quiet():
+                result = self.run()
+        except SignalException as stopped:
+            self._signals.heard.append(stopped.sigval)
+            self._signals.is_hard = True
+            return {0: -stopped.sigval}
+        assert result is not None
+        # torch names ranks by their numbers among all.
+        return {rank - self._first: failure.exitcode for rank, failure in result.failures.items()}
 
     def close(self) -> None:
         """Ends what still runs, and the rendezvous."""
@@ -123,7 +119,7 @@ class Agent(LocalElasticAgent):
                     os.killpg(pid, signal.SIGKILL)  # what it left
         codes = [self._code(rank) for rank in self._pids()]
         if any(codes):
-            end = time.monotonic() + max(_GRACE_S.get(code or 0, 0.0) for code in codes)
+            end = time.monotonic() + max(GRACE_S.get(code or 0, 0.0) for code in codes)
             while None in codes and time.monotonic() < end and not self._signals.is_hard:
                 time.sleep(0.05)
                 codes = [self._code(rank) for rank in self._pids()]
@@ -136,22 +132,20 @@ class Agent(LocalElasticAgent):
 
     def _kill_and_reap(self) -> None:
         self.kill()
-        end = time.monotonic() + _REAPED_S
+        end = time.monotonic() + REAPED_S
         for rank, pid in self._pids().items():
-            while time.monotonic() < end and (self._code(rank) is None or _runs(pid)):
+            while time.monotonic() < end and (self._code(rank) is None or group_runs(pid)):
                 time.sleep(0.01)
-        for file in self._folder.rglob("error.json"):
-            try:
-                json.loads(file.read_text())
-            except ValueError:  # a rank was killed while it wrote it
-                file.unlink()
+        drop_torn(self._folder)
 
 
-def _runs(group: int) -> bool:
-    """Whether a process of this group runs: what a rank started may outlive it, with the run's lock."""
-    for process in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError):
-            state, _, process_group = process.read_text().rpartition(")")[2].split()[:3]
-            if int(process_group) == group and state not in "ZX":
-                return True
-    return False
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the agent's log, which repeats what we report; LOGLEVEL, elastic's own switch, shows it."""
+    before = logging.root.manager.disable
+    if "LOGLEVEL" not in os.environ:
+        logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,6 +1,5 @@
 """Ranks on this machine, attempt after attempt."""
 
-import logging
 import os
 import signal
 import sys
@@ -9,34 +8,49 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from megatsp.exit_status import INTERRUPTED, REQUEUE, USER_ERROR
 from megatsp.launcher.failures import failures, show, signal_name
+from megatsp.launcher.fork import ForkedRanks
 from megatsp.launcher.outcome import ATTEMPT_FOLDER, write_outcome
 from megatsp.launcher.rank import LAUNCHER_PID
 from megatsp.launcher.restarts import Count, Restarts
 from megatsp.launcher.signals import PASSED_ON, Signals, Stopped, restored
 
 if TYPE_CHECKING:
-    from megatsp.launcher.agent import Agent, Nodes
+    from megatsp.launcher.agent import Nodes
+
+
+class _Ranks(Protocol):
+    """The ranks of one attempt on this machine; ended: those that were killed here."""
+
+    ended: set[int]
+
+    def run_ranks(self) -> dict[int, int]: ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass
 class _Running:
-    """The agent of the attempt that runs, if one does."""
+    """The ranks of the attempt that runs, if one does."""
 
-    agents: list["Agent"] = field(default_factory=list)
+    ranks: list[_Ranks] = field(default_factory=list)
 
     def kill(self) -> None:
-        for agent in self.agents:
-            agent.kill()
+        for ranks in self.ranks:
+            ranks.kill()
 
 
 def launch_local(
     nproc: int, command: list[str], restarts: Restarts | None = None, nodes: "Nodes | None" = None
 ) -> int:
     """Runs `command` as `nproc` ranks on this machine, with torchrun's environment variables.
+
+    Alone, `command` is started once and calls `become_rank`; on several nodes, once a rank.
 
     Must be called in the main thread, which it needs for signals.
 
@@ -49,11 +63,9 @@ def launch_local(
         The exit status: 0 if every rank exited 0; otherwise the cause is on stderr. REQUEUE (75) asks for the
         same command again: ranks that resume were told to stop by SIGTERM, SIGUSR1 or their own limit.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
-
     running, attempt = _Running(), 0
     count = Count(restarts) if restarts else None
-    with restored(), _environment(_rank_environment(nproc)), _elastic_is_quiet():
+    with restored(), _environment(_rank_environment(nproc)):
         signals = Signals(PASSED_ON if restarts else (signal.SIGINT,), running.kill)
         try:
             while True:
@@ -63,10 +75,7 @@ def launch_local(
                 signals.wait(pause_s)
                 attempt += 1
         except Stopped:  # no rank ran, so there is nothing to save
-            return _stopped(signals, bool(restarts))
-        except SignalException as stopped:
-            print(f"megatsp: error: stopped by {stopped.sigval.name}", file=sys.stderr)
-            return 128 + stopped.sigval
+            return _stopped(signals, bool(restarts) and not signals.is_hard)
 
 
 def _attempt(
@@ -79,23 +88,25 @@ def _attempt(
     nodes: "Nodes | None",
 ) -> tuple[int, float | None]:
     """Runs the ranks once: the exit status, and how long to wait before they start again, or None."""
-    from megatsp.launcher.agent import Agent
-
     with tempfile.TemporaryDirectory(prefix="megatsp_") as name:
         folder = Path(name)
-        agent = Agent(nproc, command, folder, signals, attempt, nodes)
-        running.agents = [agent]
+        ranks: _Ranks
+        if nodes is None:
+            ranks = ForkedRanks(nproc, command, folder, signals, attempt)
+        else:
+            from megatsp.launcher.agent import Agent  # which imports torch
+
+            ranks = Agent(nproc, command, folder, signals, nodes)
+        running.ranks = [ranks]
         try:
-            result = agent.run()
+            codes = ranks.run_ranks()
         finally:
-            running.agents = []
-            agent.close()
-        assert result is not None
-        first = nodes.index * nproc if nodes else 0  # torch names ranks by their numbers among all
-        codes = {rank - first: failure.exitcode for rank, failure in result.failures.items()}
+            running.ranks = []
+            ranks.close()
         if not codes:
             return 0, None
-        killed_here = {rank for rank in agent.ended if codes.get(rank) == -signal.SIGKILL}
+        first = nodes.index * nproc if nodes else 0
+        killed_here = {rank for rank in ranks.ended if codes.get(rank) == -signal.SIGKILL}
         own = {rank: code for rank, code in codes.items() if rank not in killed_here}
         found = failures(own, folder, first)
     if attempt_folder := os.environ.get(ATTEMPT_FOLDER):
@@ -153,15 +164,3 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _elastic_is_quiet() -> Iterator[None]:
-    """Silences the agent's log, which repeats what we report; LOGLEVEL, elastic's own switch, shows it."""
-    before = logging.root.manager.disable
-    if "LOGLEVEL" not in os.environ:
-        logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -13,7 +13,8 @@ from megatsp.exit_status import FAILURE, REQUEUE, USER_ERROR
 from megatsp.launcher.failures import Failure, ended
 from megatsp.launcher.outcome import ATTEMPT_FOLDER, write_done, write_outcome
 
-LAUNCHER_PID = "MEGATSP_LAUNCHER_PID"  # in a rank's environment: the process that started it
+LAUNCHER_PID = "MEGATSP_LAUNCHER_PID"  # in a rank's environment: its launcher
+SERVER_PID = "MEGATSP_SERVER_PID"  # and the process that it was forked from, if it was
 _PR_SET_PDEATHSIG = 1
 
 
@@ -88,8 +89,13 @@ def _die_with_launcher() -> bool:
     launcher = os.environ.get(LAUNCHER_PID)
     if not launcher:
         return False
+    die_with(int(os.environ.get(SERVER_PID, launcher)))
+    return True
+
+
+def die_with(parent: int) -> None:
+    """Asks the kernel to kill this process when its parent dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # it died before we asked
+    if os.getppid() != parent:  # it died before we asked
         os._exit(1)
-    return True

@@ -11,6 +11,7 @@ from megatsp.exit_status import REQUEUE
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 PASSED_ON = (*STOPS, signal.SIGUSR1)
+_KILLS = (signal.SIGHUP, signal.SIGQUIT)  # the first of them kills
 _ONE_S = 0.1  # within which two of a kind are one: `timeout` and some schedulers send each twice
 
 
@@ -32,7 +33,7 @@ class Signals:
         self.pids: list[int] = []  # of the ranks that run
         self._announced, self._kill = announced, kill
         self._at: dict[int, float] = {}
-        for number in PASSED_ON:
+        for number in (*PASSED_ON, *_KILLS):
             signal.signal(number, self._hear)
 
     @property
@@ -46,6 +47,7 @@ class Signals:
             return
         self._at[number] = now
         self.is_hard |= number in STOPS and any(before in STOPS for before in self.heard)
+        self.is_hard |= number in _KILLS
         self.heard.append(number)
         if self.is_hard:
             self._kill()
@@ -96,7 +98,7 @@ def requeued() -> Iterator[None]:
 @contextmanager
 def restored() -> Iterator[None]:
     """Restores the handlers that the agent and we replace."""
-    handled = (*PASSED_ON, signal.SIGHUP, signal.SIGQUIT)
+    handled = (*PASSED_ON, *_KILLS)
     before = {number: signal.getsignal(number) for number in handled}
     try:
         yield

@@ -112,6 +112,10 @@ class TokenEmbedding(nn.Embedding):
 
     lookup: Callable[[Tensor, Tensor], Tensor]
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # there torch imports its compiler, for seconds, to draw nothing
+            super().reset_parameters()
+
     def forward(self, ids: Tensor) -> Tensor:
         return self.lookup(ids, local(self.weight))
 

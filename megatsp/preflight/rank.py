@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatsp.axes import meeting
 from megatsp.checkpoint.agree import on_each
 from megatsp.cluster.profiles import Expected, load_profile
 from megatsp.cluster.start import enter
@@ -93,6 +94,7 @@ def _join(**where: Any) -> None:
     wanted = 1024 + 4 * int(os.environ["WORLD_SIZE"])  # a rank has a connection to each other one
     if 0 <= soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard >= 0 else wanted, hard))
+    where = where or meeting(os.environ)
     dist.init_process_group("gloo", timeout=timedelta(seconds=_TIMEOUT_S), **where)
 
 

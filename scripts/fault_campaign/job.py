@@ -127,6 +127,16 @@ def processes(folder: Path) -> list[int]:
     return found
 
 
+def ranks(folder: Path, number: int) -> list[int]:
+    """The processes of a trial that are the rank of this number, by the name that it gives itself."""
+    found = []
+    for pid in processes(folder):
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text() == f"rank {number}\n":
+                found.append(pid)
+    return found
+
+
 def environment(pid: int) -> list[bytes]:
     """What a process was started with, NAME=value; [] if it has ended or is just being started."""
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_campaign.checks import good
-from fault_campaign.job import ITERATIONS, SAVE_INTERVAL, Job, environment, kill, processes, wait_until
+from fault_campaign.job import ITERATIONS, SAVE_INTERVAL, Job, kill, processes, ranks, wait_until
 from megatsp.checkpoint.manifest import MANIFEST, read_manifest
 from megatsp.checkpoint.paths import LATEST, folder_of, read_pointer
 from megatsp.exit_status import FAILURE, NOT_SAVED, REQUEUE, USER_ERROR
@@ -236,9 +236,8 @@ def _spoilt_data(trial: Trial) -> None:
     trial.start(SPOILT)
     job = trial.jobs[-1]
     job.ran_to(trial.random.randint(6, ITERATIONS - 1), trial.limit_s)
-    ranks = [pid for pid in processes(trial.folder) if b"RANK=0" in environment(pid)]
     trial.struck = time.time()
-    for pid in ranks:
+    for pid in ranks(trial.folder, 0):
         kill(pid)
     trial.end(0)
 

@@ -1,6 +1,7 @@
 """In a rank of the campaign: strikes at the event that MEGATSP_FAULT names, once in a run.
 
-Python imports it at its start, from PYTHONPATH. It slows steps, evaluations and flushes of a tiny run a
+Python imports it at its start, from PYTHONPATH: at that of a rank, or of the process that ranks are forked
+from. It slows steps, evaluations and flushes of a tiny run a
 little, so that random moments fall into each of them. Nothing of torch or megatsp is imported here.
 
 MEGATSP_FAULT is JSON: folder (for its marks), rank, event (start, step, save, evaluate, forward,
@@ -52,7 +53,10 @@ class Fault:
     def __init__(self, given):
         self.folder, self.given = Path(given["folder"]), given
         self.seen = {}
-        self.is_here = os.environ.get("RANK") == str(given["rank"])
+
+    @property
+    def is_here(self):
+        return os.environ.get("RANK") == str(self.given["rank"])
 
     def event(self, name):
         """Something of this name begins; whether it is the one to strike at."""
@@ -148,7 +152,20 @@ def plant(fault):
 
         module.on_device = spoilt_batch
 
-    changes = {"megatsp.training.optimizer": optimizer, "megatsp.training.evaluate": evaluate}
+    def rank(module):
+        run_rank = module.run_rank
+
+        def started(work):
+            fault.event("start")
+            run_rank(work)
+
+        module.run_rank = started
+
+    changes = {
+        "megatsp.launcher.rank": rank,
+        "megatsp.training.optimizer": optimizer,
+        "megatsp.training.evaluate": evaluate,
+    }
     if action == "spoil once":
         changes["megatsp.model.gpt"] = gpt
     if action == "spoil data":
@@ -165,8 +182,7 @@ def plant(fault):
         return flush(descriptor)
 
     os.fsync = slow_flush
-    fault.event("start")
 
 
-if "RANK" in os.environ and "MEGATSP_FAULT" in os.environ:
+if os.environ.keys() & {"RANK", "MEGATSP_SERVER"} and "MEGATSP_FAULT" in os.environ:
     plant(Fault(json.loads(os.environ["MEGATSP_FAULT"])))
