@@ -163,7 +163,7 @@ def qwen3_8b(monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
         kv_channels=128, vocab_size=151936, rotary_base=1e6, norm_epsilon=1e-6, qk_layernorm=True,
         untie_embeddings_and_output_weights=True, max_position_embeddings=40960,
     )  # fmt: skip
-    monkeypatch.setattr("megatsp.hf.checkpoint.open_checkpoint", lambda name, hashes: Source(model))
+    monkeypatch.setattr("megatsp.compose.open_source", lambda name: Source(model))
     return model
 
 

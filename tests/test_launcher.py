@@ -14,10 +14,11 @@ from waiting import LIMIT_S, is_alive, wait_until, wait_until_gone
 ROOT = Path(__file__).resolve().parents[1]
 
 # The arguments: how many restarts ("": of ranks that do not resume) with which pause, and what the ranks run.
-# The newest checkpoint is that of the iteration in the file `newest`.
+# The newest checkpoint is that of the iteration in the file `newest`. Two signals are two, however close.
 LAUNCHER = """
 import pathlib, sys
-from megatsp.launcher import Restarts, launch_local
+from megatsp.launcher import Restarts, launch_local, signals
+signals._ONE_S = 0.0
 limit, pause, *command = sys.argv[1:]
 newest = pathlib.Path(command[-1], "newest")
 restarts = Restarts(int(limit), float(pause), lambda: int(newest.read_text())) if limit else None
@@ -123,10 +124,6 @@ class Job:
     def finish_step(self) -> None:
         (self.folder / "step").touch()
 
-    def stop_again(self, number: signal.Signals) -> None:
-        """A second signal, again and again, for those that come at once with the first count as one."""
-        wait_until(lambda: self.process.poll() is not None or self.process.send_signal(number), "it ends")
-
     def wait_until_ready(self) -> list[int]:
         """The ranks' process ids, once both run."""
         files = [self.folder / f"ready{rank}" for rank in range(2)]
@@ -212,7 +209,7 @@ def test_second_interrupt_aborts(start, tmp_path):
     pids = job.wait_until_ready()
     os.kill(job.process.pid, signal.SIGINT)
     job.wait_until_asked()
-    job.stop_again(signal.SIGINT)
+    job.process.send_signal(signal.SIGINT)
     assert job.end()[0] == 130
     assert not (tmp_path / "saved0").exists() and not any(map(is_alive, pids))
 
@@ -262,7 +259,7 @@ def test_a_second_sigterm_stops_hard(start, tmp_path):
     pids = job.wait_until_ready()
     job.process.terminate()
     job.wait_until_asked()
-    job.stop_again(signal.SIGTERM)
+    job.process.terminate()
     status, text = job.end()
     assert status == 143 and text.endswith("megatsp: error: stopped by SIGTERM\n")
     assert not (tmp_path / "saved0").exists() and not any(map(is_alive, pids))

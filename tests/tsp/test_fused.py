@@ -92,15 +92,14 @@ def test_products_carry_all_buckets_but_those_that_none_precedes():
 
 
 def rank_choice(case_: Case, hosts: list[str]) -> str:
-    import megatsp_kernels.peers.memory as module
-
-    if hosts:
-        module.socket.gethostname = lambda: hosts[dist.get_rank()]  # type: ignore[assignment]
-    try:
-        gpt = build_model(case_.config(), Axes.build(case_.parallel, torch.device("cpu")))
-    except ValueError as error:
-        return str(error)
-    return str(gpt.engine.overlap)
+    with pytest.MonkeyPatch.context() as patch:
+        if hosts:
+            patch.setattr("socket.gethostname", lambda: hosts[dist.get_rank()])
+        try:
+            gpt = build_model(case_.config(), Axes.build(case_.parallel, torch.device("cpu")))
+        except ValueError as error:
+            return str(error)
+        return str(gpt.engine.overlap)
 
 
 FORCED, END = "parallel.overlap=fused: ", "; use parallel.overlap=auto or collective"
@@ -135,10 +134,11 @@ def rank_broken_memory(case_: Case) -> str:
     import megatsp_kernels.streamed as streamed
     import megatsp_kernels.streamed.exchange as module
 
-    if dist.get_rank() == 1:  # its slices arrive nowhere
-        module.publish = lambda *arguments: None  # type: ignore[assignment]
-    streamed.probe.__defaults__ = (None, 0.2)
-    return rank_choice(case_, [])
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:  # its slices arrive nowhere
+            patch.setattr(module, "publish", lambda *arguments: None)
+        patch.setattr(streamed.probe, "__defaults__", (None, 0.2))
+        return rank_choice(case_, [])
 
 
 def test_memory_that_fails_the_probe_is_refused():
