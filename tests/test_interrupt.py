@@ -77,6 +77,7 @@ def test_interrupted_it_saves_and_the_same_command_completes(start, tmp_path):
     assert steps == list(range(1, last + 1)) and pointer.read_text() == f"{last}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")
 def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):
     job = start("trainer.train_iters=1000000", "launch.max_restarts=0")

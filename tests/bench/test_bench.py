@@ -152,7 +152,7 @@ def belonging(mark: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_interrupted_it_keeps_its_rows_and_leaves_no_process(tmp_path: Path, interruptible, number):
     file = tmp_path / "bench.json"
     arguments = [*TINY, "--schemes", "tsp", "fsdp", "--world", "2", "--repeats", "999", "--json", str(file)]

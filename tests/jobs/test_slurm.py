@@ -138,7 +138,8 @@ def test_a_job_of_one_rank_trains_and_finishes(start, slurm: Cluster) -> None:
     assert (run.attempt(0) / "preflight.json").is_file()
 
 
-@pytest.mark.parametrize("tasks", ["node", pytest.param("gpu", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", ["node", "gpu"])
 def test_a_time_limit_requeues_to_the_bitwise_same_end(
     tasks: str, start, slurm: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_a_save_that_the_time_limit_cuts_off_is_made_up_for(start, slurm: Cluste
     assert first.iteration >= 2
 
 
+@pytest.mark.slow
 def test_a_lost_node_is_kept_off_though_it_comes_back(start, slurm: Cluster) -> None:
     run = start("launch.preflight=quick", "checkpoint.save_interval=2", "launch.restart_backoff_s=0")
     run.pause(0, iteration=5)
@@ -274,9 +276,8 @@ def test_cancelling_saves_and_does_not_come_back(start, slurm: Cluster) -> None:
     assert again.returncode == 2 and "is over" in again.stderr
 
 
-@pytest.mark.parametrize(
-    ("array", "name"), [pytest.param((), "plain", marks=pytest.mark.slow), (("--array=3",), "plain%a")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("array", "name"), [((), "plain"), (("--array=3",), "plain%a")])
 def test_plain_sbatch_does_the_same(slurm: Cluster, corpus: Path, tmp_path: Path, array, name) -> None:
     options = [
         *array,
