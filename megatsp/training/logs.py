@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatsp.exit_status import HANG
 from megatsp.schema import Config
 from megatsp.training.events import Event, append_event
 from megatsp.training.samples import append_samples, by_iteration, drop_after, sample_line
-from megatsp.training.wandb_run import WandbRun, wandb_mode
+from megatsp.training.wandb_run import WandbRun, choose_id, is_wanted, stored_id
 from megatsp.training.wandb_service import abandon, patiently
 
 Metrics = Mapping[str, float | int | str | None]
@@ -33,6 +34,7 @@ class Reporter:
 
     Entries after `iteration`, of a run that went further than its last checkpoint, are taken
     out of metrics.jsonl: the run will write them again. What W&B lacks of those that stay, it is given.
+    W&B, whose import takes seconds, begins after the first step, or with the first alert.
 
     evaluates: the run begins with an evaluation of `iteration`, whose entries are taken out too.
     about: joins the configuration in W&B: see `megatsp.training.origin`.
@@ -53,6 +55,8 @@ class Reporter:
         self._folder, self._iteration = folder, iteration
         self.wandb_run_id, self.sampled_at = wandb_run_id, 0
         self._wandb: WandbRun | None = None
+        self._begin: Callable[[], WandbRun] | None = None  # W&B's run, which has not begun yet
+        self._wandb_lacks = False  # something that was logged
         self._unwritten, self._is_held_up = b"", False  # of metrics.jsonl, by a full disk
         if not active:
             return
@@ -60,29 +64,40 @@ class Reporter:
         # A new run has logged nothing, not even of its first weights.
         _drop_after(self._path, iteration or -1, evaluates)
         self.sampled_at = drop_after(folder, iteration)
-        if wandb_mode(config.logging.wandb) != "disabled":
-            self._begin_wandb(config, about or {})
+        if is_wanted(config.logging.wandb):
+            self.wandb_run_id, said = choose_id(folder, wandb_run_id)
+            if said:
+                self.say(f" {said}")
+            begins = not (iteration or wandb_run_id or stored_id(folder))
+            self._begin = lambda: WandbRun(config, folder, self.wandb_run_id, about or {}, begins)
         self._file = self._path.open("ab", buffering=0)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=self._total, initial=iteration, unit="it", disable=not on_terminal)
 
-    def _begin_wandb(self, config: Config, about: Mapping[str, Any]) -> None:
-        """W&B refuses a run that begins; one that goes on does so without it, if need be."""
+    def begin_wandb(self) -> None:
+        """Begins W&B's run, once; a run that goes on does so without it, if need be.
+
+        Raises:
+            ValueError: the run is new, and W&B refuses a key or a setting.
+        """
+        begin, self._begin = self._begin, None
+        if begin is None:
+            return
         try:
-            run = WandbRun(config, self._folder, self.wandb_run_id, about, begins=not self._iteration)
+            self._wandb = begin()
         except ValueError:
             raise
         except Exception as error:
             abandon()
             self.say(f" this start goes on without Weights & Biases, metrics.jsonl has it all: {error}")
             return
-        self._wandb, self.wandb_run_id = run, run.id
         self._to_wandb(self._catch_up)
 
     def _catch_up(self, run: WandbRun) -> None:
         """Gives W&B what it lacks of the entries and samples there are."""
         entries: dict[int, list[dict[str, Any]]] = {}
-        for entry in read_metrics(self._path) if self._path.exists() else ():
+        written = read_metrics(self._path) if self._path.exists() else []
+        for entry in (*written, *map(json.loads, self._unwritten.splitlines())):
             entries.setdefault(entry["iteration"], []).append(entry)
         samples = by_iteration(self._folder)
         for iteration in sorted({*entries, *samples}):
@@ -115,6 +130,7 @@ class Reporter:
         entry = {"iteration": iteration, **metrics}
         self._unwritten += json.dumps(entry).encode() + b"\n"
         self._write()
+        self._wandb_lacks = True
         self._to_wandb(lambda run: run.log(iteration, entry))
 
     def log_samples(self, iteration: int, samples: list[dict[str, str]]) -> None:
@@ -126,6 +142,7 @@ class Reporter:
             append_samples(self._folder, iteration, samples)
         except OSError as error:
             self.say(f" samples of iteration {iteration} were not written: {error.strerror}")
+        self._wandb_lacks = True
         self._to_wandb(lambda run: run.log_samples(iteration, samples))
         for sample in samples:
             self.say(sample_line(iteration, sample))
@@ -139,6 +156,10 @@ class Reporter:
         except OSError as error:
             self.say(f" an event was not written ({event.kind}): {error.strerror}")
         if event.alert:
+            try:
+                self.begin_wandb()
+            except ValueError as refused:  # an alert may tell of another error, which is the one to show
+                self.say(f" {refused}")
             self._to_wandb(lambda run: run.alert(event.kind, event.text, event.alert))
 
     def hang(self, text: str) -> None:
@@ -148,6 +169,8 @@ class Reporter:
             OSError: the event cannot be written.
         """
         append_event(self._folder, Event("hang", self._iteration, text, "ERROR"))
+        with suppress(ValueError):
+            self.begin_wandb()
         if self._wandb is not None:
             self._wandb.alert("hang", text, "ERROR")
             self._wandb.close(row_is_open=True, exit_code=HANG)
@@ -202,6 +225,8 @@ class Reporter:
         if not self._active:
             return
         self._bar.close()
+        if self._wandb_lacks:
+            self.begin_wandb()
         self._write()
         if self._unwritten:
             self.say(f" {self._unwritten.count(b'{')} entries of {self._path} were never written")

@@ -215,6 +215,7 @@ class Training(Steps):
                 goes_on = not stops and self._after_step(stopper, reporter, saves)
                 if not logs and (self.is_over or not goes_on):  # by what was just found, or heard
                     self._log(interval, slow, reporter)
+                reporter.begin_wandb()
                 interval.restart()
         finally:
             loader.close()

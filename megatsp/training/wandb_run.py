@@ -31,31 +31,25 @@ _ARTIFACTS_S = 3600.0  # for the server to take exported models
 
 
 class WandbRun:
-    """id: W&B's name of the run, for checkpoints. last: the largest step that W&B has; -1: none."""
+    """last: the largest step that W&B has; -1: none."""
 
     def __init__(
         self, config: Config, folder: Path, run_id: str, about: Mapping[str, Any], begins: bool = False
     ) -> None:
-        """run_id: of the checkpoint; empty: that of the folder, of WANDB_RUN_ID, or a new one.
-
-        about: joins the configuration. begins: nothing of the run is made yet, if it has no id either.
+        """run_id: see `choose_id`. about: joins the configuration. begins: nothing of the run is made yet.
 
         Raises:
             ValueError: the run begins, and W&B refuses a key or a setting.
             RuntimeError: W&B does not start.
         """
-        begins = begins and not (run_id or stored_id(folder))
-        self.id, said = _choose_id(folder, run_id)
-        if said:
-            print(f" {said}", flush=True)
-        self._run = start(config, folder, self.id, about, begins)
-        self.last = _known_step(self._run, self.id)
+        self._run = start(config, folder, run_id, about, begins)
+        self.last = _known_step(self._run, run_id)
         self._row: dict[str, Any] = {}
         self._step = -1  # of the row that is open
         self._alerts = config.logging.alerts
         self._name = config.name
         with suppress(OSError):  # a full disk: the first checkpoint will know it
-            replace_text(folder / RUN_ID, f"{self.id}\n")
+            replace_text(folder / RUN_ID, f"{run_id}\n")
 
     def log(self, iteration: int, values: Mapping[str, Any]) -> None:
         """Adds to the row of an iteration; nothing, if W&B has that row."""
@@ -215,19 +209,32 @@ def stored_id(folder: Path) -> str:
         return ""
 
 
+def is_wanted(wanted: str) -> bool:
+    """Whether anything is to be given to W&B; found without wandb's import.
+
+    Raises:
+        ValueError: WANDB_MODE is no mode.
+    """
+    return _mode_set(wanted) != "disabled"
+
+
 def wandb_mode(wanted: str) -> str:
     """online, offline or disabled: what is set, then WANDB_MODE, then whether there is a key."""
+    return _mode_set(wanted) or ("online" if api_key(server_url()) else "offline")
+
+
+def _mode_set(wanted: str) -> str:
+    """The mode that the configuration or else WANDB_MODE says; empty: neither does."""
     if wanted != "auto":
         return wanted
-    if mode := os.environ.get("WANDB_MODE"):
-        if mode not in ("online", "offline", "disabled"):
-            raise ValueError(f"WANDB_MODE={mode}: use online, offline or disabled, or unset it")
-        return mode
-    return "online" if api_key(server_url()) else "offline"
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode not in ("online", "offline", "disabled", ""):
+        raise ValueError(f"WANDB_MODE={mode}: use online, offline or disabled, or unset it")
+    return mode
 
 
-def _choose_id(folder: Path, of_checkpoint: str) -> tuple[str, str]:
-    """The id, and what there is to say of it."""
+def choose_id(folder: Path, of_checkpoint: str) -> tuple[str, str]:
+    """A run's id, and what there is to say of it: the checkpoint's, the folder's, WANDB_RUN_ID's, or a new one."""
     wanted = os.environ.get("WANDB_RUN_ID", "")
     own = of_checkpoint or stored_id(folder)
     if own and wanted and wanted != own:

@@ -128,6 +128,7 @@ def log_until_killed(folder: Path, rows: int) -> None:
     from wandb.sdk import wandb_setup
 
     reporter = Reporter(Config(logging=LoggingConfig(wandb="offline")), folder, 0, "abc", active=True)
+    reporter.begin_wandb()
     for iteration in range(1, rows + 1):
         reporter.log(iteration, {"lm loss": 1.0, **{f"metric {n}": "x" * 100 for n in range(20)}})
     (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
@@ -146,6 +147,7 @@ def test_where_w_and_b_is_ahead_of_the_checkpoint_its_first_values_stay(tmp_path
     ahead, size = last_step(file), file.stat().st_size
     assert 20 < ahead < 100 and size >= 4 * BLOCK and size % BLOCK == 0  # W&B writes whole blocks
     reporter = Reporter(Config(logging=LoggingConfig(wandb="offline")), tmp_path, 20, "abc", active=True)
+    reporter.begin_wandb()
     for iteration in range(21, 121):
         reporter.log(iteration, {"lm loss": 2.0})
     reporter.close()

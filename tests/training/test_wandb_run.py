@@ -24,6 +24,17 @@ CONFIG = replace(Config(), logging=LoggingConfig(wandb="offline"))
 ONLINE = replace(Config(), logging=LoggingConfig(wandb="online"))
 
 
+def begun(*arguments: Any, **options: Any) -> Reporter:
+    """A reporter whose W&B run has begun, as after the first step."""
+    reporter = Reporter(*arguments, **options)
+    try:
+        reporter.begin_wandb()
+    except ValueError:
+        reporter.close()
+        raise
+    return reporter
+
+
 @pytest.fixture(autouse=True)
 def _no_variables(monkeypatch):
     """W&B's own variables, but those that keep tests offline, are not set."""
@@ -116,14 +127,14 @@ def test_a_server_that_does_not_answer_does_not_end_a_run(tmp_path, monkeypatch,
     refused = wandb.errors.AuthenticationError("no such key")
     errors = [wandb.errors.CommError("timed out"), None, refused, None, refused]
     monkeypatch.setattr(wandb, "init", init)
-    Reporter(ONLINE, tmp_path, 0, "", active=True).close()
+    begun(ONLINE, tmp_path, 0, "", active=True).close()
     assert "did not start (timed out): this run is kept offline" in capsys.readouterr().out
-    Reporter(ONLINE, tmp_path, 0, "", active=True).close()
+    begun(ONLINE, tmp_path, 0, "", active=True).close()
     assert "did not start (no such key): this run is kept offline" in capsys.readouterr().out
     assert asked == ["online", "offline"] * 2
     (tmp_path / "another").mkdir()
     with pytest.raises(ValueError, match="no such key. Mend that"):
-        Reporter(ONLINE, tmp_path / "another", 0, "", active=True)
+        begun(ONLINE, tmp_path / "another", 0, "", active=True)
 
 
 @pytest.mark.parametrize("iteration", [0, 4])
@@ -132,7 +143,7 @@ def test_a_service_that_does_not_start_does_not_end_a_run(tmp_path, monkeypatch,
         raise wandb.Error("the service did not write its port")
 
     monkeypatch.setattr(wandb, "init", init)
-    reporter = Reporter(CONFIG, tmp_path, iteration, "saved", active=True)
+    reporter = begun(CONFIG, tmp_path, iteration, "saved", active=True)
     reporter.log(iteration + 1, {"lm loss": 1.0})
     reporter.close()
     said = "goes on without Weights & Biases, metrics.jsonl has it all: it did not start: the service did not"
@@ -143,9 +154,9 @@ def test_a_service_that_does_not_start_does_not_end_a_run(tmp_path, monkeypatch,
 def test_a_setting_that_w_and_b_refuses_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_TAGS", "")
     with pytest.raises(ValueError, match="did not start .offline.: WANDB_TAGS: .*Tag at index 0 is empty"):
-        Reporter(CONFIG, tmp_path, 0, "", active=True)
+        begun(CONFIG, tmp_path, 0, "", active=True)
     wandb.teardown()  # it has read the environment
-    Reporter(CONFIG, tmp_path, 3, "saved", active=True).close()
+    begun(CONFIG, tmp_path, 3, "saved", active=True).close()
     assert "goes on without Weights & Biases" in capsys.readouterr().out
 
 
@@ -154,13 +165,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "file" / "below"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    Reporter(CONFIG, tmp_path, 0, "", active=True).close()
+    begun(CONFIG, tmp_path, 0, "", active=True).close()
     out = capsys.readouterr().out
     said = f"cannot write to {tmp_path}/file/below: its files of this start are in {tmp_path}/tmp/wandb"
     assert said in out
     monkeypatch.delenv("WANDB_DIR")
     monkeypatch.chdir(tmp_path)
-    Reporter(CONFIG, Path("tmp/../tmp"), 0, "", active=True).close()
+    begun(CONFIG, Path("tmp/../tmp"), 0, "", active=True).close()
     assert "cannot write" not in capsys.readouterr().out
 
 
@@ -168,7 +179,7 @@ def test_a_refused_server_is_named_without_its_password(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://someone:pass@wandb.ai")
     wandb.teardown()
     with pytest.raises(ValueError, match="WANDB_BASE_URL: .*http://wandb.ai is not a valid") as refused:
-        Reporter(CONFIG, tmp_path, 0, "", active=True).close()
+        begun(CONFIG, tmp_path, 0, "", active=True).close()
     assert "pass" not in str(refused.value)
     wandb.teardown()
 
@@ -177,7 +188,7 @@ def test_a_refused_server_is_named_without_its_password(tmp_path, monkeypatch):
 def test_w_and_b_lists_no_argument_that_holds_a_secret(tmp_path, monkeypatch, argument):
     monkeypatch.setenv("MY_TOKEN", "hidden-0123")
     monkeypatch.setattr(sys, "argv", ["megatsp", "train", argument])
-    Reporter(CONFIG, tmp_path, 0, "", active=True).close()
+    begun(CONFIG, tmp_path, 0, "", active=True).close()
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     listed = [list(r.environment.args) for r in parsed(file) if r.WhichOneof("record_type") == "environment"]
     assert (["train", argument] in listed) == (argument == "name=a")
@@ -187,7 +198,7 @@ def test_w_and_b_lists_no_argument_that_holds_a_secret(tmp_path, monkeypatch, ar
 
 def test_what_an_online_start_gave_is_not_given_offline_again(tmp_path, capsys):
     """`wandb sync` would move it behind the last step."""
-    first = Reporter(CONFIG, tmp_path, 0, "abc", active=True)
+    first = begun(CONFIG, tmp_path, 0, "abc", active=True)
     for iteration in (1, 2, 3):
         first.log(iteration, {"lm loss": 1.0})
     first.close()
@@ -195,7 +206,7 @@ def test_what_an_online_start_gave_is_not_given_offline_again(tmp_path, capsys):
     online = folder.rename(folder.with_name(folder.name.removeprefix("offline-")))
     assert capsys.readouterr().out == ""
     for iteration in (4, 5):
-        again = Reporter(CONFIG, tmp_path, iteration - 1, "abc", active=True)
+        again = begun(CONFIG, tmp_path, iteration - 1, "abc", active=True)
         again.log(iteration, {"lm loss": 1.0})
         again.close()
         date_back(tmp_path, iteration)
@@ -210,7 +221,7 @@ def test_w_and_b_gets_what_it_lacks_and_nothing_twice(tmp_path, online):
     entries.insert(4, {"iteration": 4, "val/lm loss": 2.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     online.starting_step = 3  # it has 1 and 2
-    reporter = Reporter(ONLINE, tmp_path, 5, "", active=True)
+    reporter = begun(ONLINE, tmp_path, 5, "", active=True)
     reporter.log(5, {"val/lm loss": 1.0})
     reporter.log(6, {"lm loss": 0.5})
     reporter.close()
@@ -227,7 +238,7 @@ def test_samples_are_filled_in_too_and_are_text(tmp_path, online):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     for iteration in (3, 4, 5):  # at 3 nothing was logged; 5 is after the checkpoint
         append_samples(tmp_path, iteration, [{"prompt": "<b", "continuation": "<script>"}])
-    reporter = Reporter(ONLINE, tmp_path, 4, "", active=True)
+    reporter = begun(ONLINE, tmp_path, 4, "", active=True)
     assert reporter.sampled_at == 4
     reporter.close()
     assert [(step, row.keys() - {"iteration"}) for step, row in online.rows] == [
@@ -238,7 +249,7 @@ def test_samples_are_filled_in_too_and_are_text(tmp_path, online):
 
 def test_a_run_that_w_and_b_knows_further_than_its_checkpoint_adds_only_what_is_new(tmp_path, online):
     online.starting_step = 8
-    reporter = Reporter(ONLINE, tmp_path, 4, "", active=True)
+    reporter = begun(ONLINE, tmp_path, 4, "", active=True)
     for iteration in range(5, 11):
         reporter.log(iteration, {"lm loss": 1.0})
     reporter.close()
@@ -246,7 +257,7 @@ def test_a_run_that_w_and_b_knows_further_than_its_checkpoint_adds_only_what_is_
 
 
 def test_the_row_of_an_iteration_that_is_not_done_is_left_to_the_next_start(tmp_path, online):
-    reporter = Reporter(ONLINE, tmp_path, 0, "", active=True)
+    reporter = begun(ONLINE, tmp_path, 0, "", active=True)
     for iteration in (1, 2):
         reporter.log(iteration, {"lm loss": 1.0})
     reporter.close(row_is_open=True)
@@ -254,7 +265,7 @@ def test_the_row_of_an_iteration_that_is_not_done_is_left_to_the_next_start(tmp_
 
 
 def test_of_steps_that_a_rollback_makes_again_the_first_stay(tmp_path, online):
-    reporter = Reporter(ONLINE, tmp_path, 0, "", active=True)
+    reporter = begun(ONLINE, tmp_path, 0, "", active=True)
     for iteration in (1, 2, 3, 4):
         reporter.log(iteration, {"lm loss": 1.0})
     reporter.go_back(1)
@@ -265,7 +276,7 @@ def test_of_steps_that_a_rollback_makes_again_the_first_stay(tmp_path, online):
 
 
 def test_training_goes_on_where_the_service_dies(tmp_path, online, capsys):
-    reporter = Reporter(ONLINE, tmp_path, 0, "", active=True)
+    reporter = begun(ONLINE, tmp_path, 0, "", active=True)
     online.is_dead = True
     for iteration in (1, 2, 3):
         reporter.log(iteration, {"lm loss": 1.0})
@@ -278,7 +289,7 @@ def test_training_goes_on_where_the_service_dies(tmp_path, online, capsys):
 def test_alerts_are_sent_and_can_be_turned_off(tmp_path, online):
     for alerts in (True, False):
         config = replace(ONLINE, logging=replace(ONLINE.logging, alerts=alerts))
-        reporter = Reporter(config, tmp_path, 0, "", active=True)
+        reporter = begun(config, tmp_path, 0, "", active=True)
         reporter.event(Event("spike", 3, "a leap", "WARN"))
         reporter.event(Event("saved", 3, "a folder"))
         reporter.close()
@@ -288,7 +299,7 @@ def test_alerts_are_sent_and_can_be_turned_off(tmp_path, online):
 
 
 def test_alerts_of_a_long_name_differ_and_fit(tmp_path, online):
-    reporter = Reporter(replace(ONLINE, name="n" * 100), tmp_path, 0, "", active=True)
+    reporter = begun(replace(ONLINE, name="n" * 100), tmp_path, 0, "", active=True)
     for kind in ("hang", "finished"):
         reporter.event(Event(kind, 3, "t" * 5000, "ERROR"))
     reporter.close()
@@ -305,7 +316,7 @@ def test_environment_variables_win_over_the_configuration(tmp_path, monkeypatch)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "else").mkdir()
-    reporter = Reporter(CONFIG, tmp_path, 0, "", active=True, about={"mesh": {"world_size": 1}})
+    reporter = begun(CONFIG, tmp_path, 0, "", active=True, about={"mesh": {"world_size": 1}})
     reporter.log(1, {"lm loss": 1.0})
     reporter.close()
     (file,) = (tmp_path / "else" / "wandb").glob("offline-run-*-mine/run-mine.wandb")
@@ -316,26 +327,26 @@ def test_environment_variables_win_over_the_configuration(tmp_path, monkeypatch)
     assert config["mesh"] == {"world_size": 1} and config["trainer"]["seq_length"] == 256
     for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR"):
         monkeypatch.delenv(name)
-    Reporter(CONFIG, tmp_path, 0, "", active=True).close()
+    begun(CONFIG, tmp_path, 0, "", active=True).close()
     (file,) = (tmp_path / "wandb").glob("offline-run-*-mine/run-mine.wandb")
     (run,) = [record.run for record in parsed(file) if record.WhichOneof("record_type") == "run"]
     assert (run.project, run.display_name) == ("megatsp", "run")
 
 
 def test_a_run_keeps_its_id_whatever_the_environment_says(tmp_path, monkeypatch, online, capsys):
-    Reporter(ONLINE, tmp_path, 0, "", active=True).close()
+    begun(ONLINE, tmp_path, 0, "", active=True).close()
     first = stored_id(tmp_path)
     monkeypatch.setenv("WANDB_RUN_ID", "another")
-    again = Reporter(ONLINE, tmp_path, 0, "", active=True)
+    again = begun(ONLINE, tmp_path, 0, "", active=True)
     assert (again.wandb_run_id, again.close()) == (first, None)
     assert f"WANDB_RUN_ID=another is not read: this run began as {first}" in capsys.readouterr().out
-    of_checkpoint = Reporter(ONLINE, tmp_path, 0, "saved", active=True)
+    of_checkpoint = begun(ONLINE, tmp_path, 0, "saved", active=True)
     assert (of_checkpoint.wandb_run_id, of_checkpoint.close()) == ("saved", None)
     assert (tmp_path / RUN_ID).read_text() == "saved\n"
 
 
 def test_a_file_is_read_as_far_as_it_is_whole(tmp_path):
-    reporter = Reporter(CONFIG, tmp_path, 0, "whole", active=True)
+    reporter = begun(CONFIG, tmp_path, 0, "whole", active=True)
     for iteration in range(1, 400):
         reporter.log(iteration, {f"metric {n}": "x" * 400 for n in range(20)})
     reporter.close()

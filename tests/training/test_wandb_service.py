@@ -27,6 +27,7 @@ folder, mode, sent, rows = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.
 config = replace(Config(), logging=LoggingConfig(wandb=mode))
 reporter = logs.Reporter(config, folder, 0, "abc", active=True)
 reporter.log(1, {"lm loss": 1.0})
+reporter.begin_wandb()
 if sent:
     from wandb.sdk import wandb_setup
     wandb_setup.singleton()._connection._proc._process.send_signal(getattr(signal, sent))

@@ -179,6 +179,7 @@ def hang_alone(folder: Path, how: str) -> None:
             watchdog.beat(f"step {iteration}")
             reporter.log(iteration, {"lm loss": 1.0})
             reporter.advance()
+            reporter.begin_wandb()
         clock.hangs.set()
         hang()
 
