@@ -14,13 +14,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from torch.distributed import ProcessGroupGloo, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from waiting import LIMIT_S
 
@@ -98,6 +99,7 @@ def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, bool]:
     """What fn returns, and whether it left this rank as it was."""
     _destroy_groups()
     torch.set_num_threads(1)
+    distributed_c10d.ProcessGroupGloo = _Gloo  # type: ignore[misc]
     axes.init_device_mesh = _mesh  # type: ignore[assignment]
     axes.DeviceMesh = _mesh_of_ranks  # type: ignore[assignment,misc]
     torch.manual_seed(_FIRST_SEED)
@@ -106,6 +108,24 @@ def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, bool]:
     before, modules = _state(), _modules()
     result = fn(*args)
     return result, before == _state() and _are_unpatched(modules)
+
+
+class _Gloo(ProcessGroupGloo):
+    """A group on the one device of its process.
+
+    gloo has a thread for each device, which looks for work 100 times a second; a device for each group that is
+    kept was most of what two cores could do.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        options = ProcessGroupGloo._Options()
+        options._devices, options._timeout = [_device()], timeout
+        super().__init__(store, rank, size, options)
+
+
+@functools.cache
+def _device() -> Any:
+    return ProcessGroupGloo.create_default_device()
 
 
 _kept: set[str] = set()  # names of the groups of meshes that are kept
