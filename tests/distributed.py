@@ -113,8 +113,8 @@ def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, bool]:
 class _Gloo(ProcessGroupGloo):
     """A group on the one device of its process.
 
-    gloo has a thread for each device, which looks for work 100 times a second; a device for each group that is
-    kept was most of what two cores could do.
+    gloo has a thread for each device, which looks for work 100 times a second. With a device for each group
+    that is kept, these threads were most of what two cores could do.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:

@@ -234,7 +234,10 @@ def _mode_set(wanted: str) -> str:
 
 
 def choose_id(folder: Path, of_checkpoint: str) -> tuple[str, str]:
-    """A run's id, and what there is to say of it: the checkpoint's, the folder's, WANDB_RUN_ID's, or a new one."""
+    """A run's id, and what there is to say of it.
+
+    It is the checkpoint's, the folder's, WANDB_RUN_ID's, or a new one.
+    """
     wanted = os.environ.get("WANDB_RUN_ID", "")
     own = of_checkpoint or stored_id(folder)
     if own and wanted and wanted != own:
